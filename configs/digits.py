@@ -1,0 +1,13 @@
+from vit_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.name = "digits"
+    config.model.update({"patch_size": 2, "width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 128})
+    config.augment.update({"crop": "pad", "padding": 1})
+    config.train.update({"batch_size": 64, "epochs": 40, "label_smoothing": 0.1, "eval_every": 5})
+    config.optim.update({"name": "muon", "learning_rate": 1e-2, "weight_decay": 0.05, "warmup_epochs": 4})
+    config.ema.decay = 0.99
+    config.checkpoint.every = 10
+    return config

@@ -1,0 +1,1 @@
+"""What is done to a batch of pictures on the device, inside the compiled step."""

@@ -1,0 +1,365 @@
+"""Every field of a config: its meaning, unit, default and check. Nothing else defines or checks a field.
+
+A config is an `ml_collections.ConfigDict` with the groups below. A config file defines `get_config(variant="")`,
+which starts from `default_config()`; `--config.GROUP.FIELD=VALUE` overrides a field. `None` means "not set".
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vit_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field: default, type, whether None is allowed, what it means, and which values are allowed."""
+
+    default: Any
+    kind: type
+    meaning: str
+    allowed: str
+    check: Callable[[Any], bool]
+    optional: bool = False
+
+
+def whole(default: int | None, meaning: str, minimum: int = 1) -> Field:
+    allowed = f"a whole number of at least {minimum}"
+    return Field(default, int, meaning, allowed, lambda v: v >= minimum, optional=default is None)
+
+
+def real(default: float | None, meaning: str, minimum: float = 0.0, maximum: float = float("inf")) -> Field:
+    allowed = f"a number of at least {minimum:g}" + (f" and at most {maximum:g}" if maximum < float("inf") else "")
+    return Field(default, float, meaning, allowed, lambda v: minimum <= v <= maximum, optional=default is None)
+
+
+def fraction(default: float, meaning: str) -> Field:
+    return Field(default, float, meaning, "a number of at least 0 and below 1", lambda v: 0 <= v < 1)
+
+
+def positive(default: float | None, meaning: str) -> Field:
+    allowed = "a number above 0"
+    return Field(default, float, meaning, allowed, lambda v: 0 < v < float("inf"), optional=default is None)
+
+
+def choice(default: str, meaning: str, *options: str) -> Field:
+    return Field(default, str, meaning, "one of " + ", ".join(options), lambda v: v in options)
+
+
+def text(default: str | None, meaning: str) -> Field:
+    return Field(default, str, meaning, "a text", lambda v: True, optional=default is None)
+
+
+def switch(default: bool, meaning: str) -> Field:
+    return Field(default, bool, meaning, "True or False", lambda v: True)
+
+
+def numbers(meaning: str, check: Callable[[float], bool], allowed: str) -> Field:
+    return Field((), tuple, meaning, allowed, lambda v: all(check(x) for x in v))
+
+
+FIELDS: dict[str, Field] = {
+    # The model. What is left unset is taken from the preset.
+    "model.preset": text("", "size and patch, such as Ti/16, S/16, B/32; fills the unset fields of the next five"),
+    "model.patch_size": whole(None, "side of a patch, pixels"),
+    "model.width": whole(None, "length of a token's vector"),
+    "model.depth": whole(None, "number of encoder blocks"),
+    "model.num_heads": whole(None, "attention heads; divides the width"),
+    "model.mlp_dim": whole(None, "hidden width of the MLP"),
+    "model.pool": choice("gap", "what the head reads: the class token, or the mean of all tokens", "cls", "gap"),
+    "model.position_embedding": choice(
+        "learned", "one learned vector a token, or fixed 2-D sines and cosines", "learned", "sincos2d"
+    ),
+    "model.stem": choice("patch", "one convolution a patch, or stride-2 3x3 convolutions", "patch", "conv"),
+    "model.dropout": fraction(0.0, "dropout rate after the position embedding, attention and in the MLP"),
+    "model.attention_dropout": fraction(0.0, "dropout rate of the attention probabilities"),
+    "model.drop_path": fraction(0.0, "stochastic depth: chance to skip the last block; linear from 0 at the first"),
+    "model.gelu": choice("tanh", "GELU by its tanh approximation, or exact", "tanh", "exact"),
+    "model.norm_epsilon": positive(1e-6, "epsilon of the layer norms"),
+    "model.layer_scale": real(0.0, "initial LayerScale of each residual branch; 0: none"),
+    "model.qk_norm": switch(False, "layer-normalise queries and keys, head by head"),
+    "model.head_zero_init": switch(True, "start the head at zero"),
+    "model.representation_size": whole(0, "width of a tanh layer before the head (pre_logits); 0: none", minimum=0),
+    "model.remat": switch(False, "recompute each block's activations in the backward pass: less memory, more time"),
+    # The pictures.
+    "data.name": text("digits", "digits, cifar10, cifar100, svhn, tiny_imagenet, tfds:NAME or folder:PATH"),
+    "data.dir": text(None, "where data sets and their caches lie; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets"),
+    "data.holdout": fraction(0.0, "fraction of train that is held out for choices, class by class"),
+    "data.image_size": whole(None, "side of the model's square input, pixels; unset: the data's own"),
+    "data.skip_unreadable": switch(False, "leave out a folder's unreadable pictures (they are listed), or stop"),
+    "data.mean": numbers("a mean a channel, in [0, 1]; empty: of the training pictures", lambda x: True, "numbers"),
+    "data.std": numbers("a deviation a channel; empty: of the training pictures", lambda x: x > 0, "numbers above 0"),
+    # What training pictures go through, on the device.
+    "augment.crop": choice(
+        "none", "random crop of the zero-padded picture, or of a random area resized", "none", "pad", "resized"
+    ),
+    "augment.padding": whole(4, "zero padding on each side for crop=pad, pixels"),
+    "augment.min_area": Field(
+        0.08, float, "smallest area for crop=resized, fraction of the picture", "in (0, 1]", lambda v: 0 < v <= 1
+    ),
+    "augment.flip": switch(False, "mirror left to right at random; not for digits"),
+    # The run.
+    "train.batch_size": whole(128, "pictures an optimizer step, over all devices"),
+    "train.epochs": positive(None, "length of the run in epochs; or set train.steps"),
+    "train.steps": whole(None, "length of the run in optimizer steps; or set train.epochs"),
+    "train.seed": whole(0, "seed of initial weights, order, augmentation and dropout", minimum=0),
+    "train.label_smoothing": fraction(0.0, "probability spread evenly over all classes"),
+    "train.dtype": choice("float32", "what the network computes in; parameters stay float32", "float32", "bfloat16"),
+    "train.steps_per_call": whole(0, "training steps a dispatch; 0: about two seconds' worth", minimum=0),
+    "train.eval_every": positive(1.0, "epochs between evaluations"),
+    "train.patience": whole(
+        0, "stop after this many evaluations without a better held-out accuracy; 0: never", minimum=0
+    ),
+    # The optimizer.
+    "optim.name": choice(
+        "adamw", "adam adds weight decay to the gradient (L2); muon: block matrices", "adamw", "adam", "sgd", "muon"
+    ),
+    "optim.learning_rate": positive(1e-3, "peak learning rate"),
+    "optim.weight_decay": real(0.0, "decay of matrices; not of biases, norms, cls and position embeddings"),
+    "optim.momentum": fraction(0.9, "momentum of sgd and muon"),
+    "optim.b2": fraction(0.999, "decay of Adam's second moment (adamw, adam, and what muon leaves to AdamW)"),
+    "optim.warmup_epochs": real(None, "linear warm-up from 0, epochs; or set optim.warmup_steps"),
+    "optim.warmup_steps": whole(None, "linear warm-up from 0, steps; or set optim.warmup_epochs", minimum=0),
+    "optim.schedule": choice("cosine", "after warm-up: to 0, or constant", "cosine", "linear", "constant"),
+    "optim.clip_norm": real(0.0, "largest global gradient norm; 0: no clipping"),
+    "optim.accumulate": whole(1, "parts of a batch whose gradients are averaged, one after the other, in a step"),
+    # Weights that are averaged, saved and started from.
+    "ema.decay": fraction(0.0, "exponential moving average of the weights, a step; 0: none"),
+    "checkpoint.every": positive(1.0, "epochs between checkpoints"),
+    "checkpoint.keep": whole(2, "latest checkpoints kept (the best one besides)", minimum=2),
+    "init.checkpoint": text("", "start from these weights: another run's workdir"),
+    # Devices.
+    "mesh.data": Field(
+        -1, int, "devices that share a batch; -1: all", "-1 or a whole number of at least 1", lambda v: v == -1 or v > 0
+    ),
+}
+
+# Giving the one clears the other.
+EITHER = {
+    "train.epochs": "train.steps",
+    "train.steps": "train.epochs",
+    "optim.warmup_epochs": "optim.warmup_steps",
+    "optim.warmup_steps": "optim.warmup_epochs",
+}
+# Where and how a run runs: these may change between its start and its resume.
+CHANGEABLE = ("mesh.", "data.dir", "checkpoint.")
+
+
+def default_config() -> ConfigDict:
+    """Returns a config with every field at its default, locked against unknown fields."""
+    groups: dict[str, dict[str, Any]] = {}
+    for path, field in FIELDS.items():
+        group, name = path.split(".")
+        groups.setdefault(group, {})[name] = field.default
+    return ConfigDict(groups, type_safe=False).lock()
+
+
+def get(config: ConfigDict, path: str) -> Any:
+    group, name = path.split(".")
+    return config[group][name]
+
+
+def put(config: ConfigDict, path: str, value: Any) -> None:
+    group, name = path.split(".")
+    config[group][name] = value
+
+
+def variant_error(variant: str, *known: str) -> UserError:
+    """What `get_config` raises for an argument that it does not know."""
+    return UserError(f"unknown variant {variant!r} of this config; known: {', '.join(known)} (or none)")
+
+
+# Reading a config
+
+
+def parse(argument: str, overrides: Sequence[str]) -> tuple[ConfigDict, str]:
+    """Reads `FILE.py[:variant]` and `--config.FIELD=VALUE` overrides; returns the checked config and its name.
+
+    Raises:
+      UserError: the file, an override or the config as a whole is wrong.
+    """
+    filename, _, variant = argument.partition(":")
+    config = _load_file(pathlib.Path(filename), variant)
+    given = dict(_split_override(override) for override in overrides)
+    for path, value in given.items():
+        other = EITHER.get(path)
+        if other in given and value is not None and given[other] is not None:
+            raise UserError(f"--config.{path} and --config.{other} are both given: give one")
+        put(config, path, value)
+        if other is not None and other not in given:
+            put(config, other, None)
+    check(config)
+    return config, pathlib.Path(filename).stem + (f"-{variant}" if variant else "")
+
+
+def _load_file(path: pathlib.Path, variant: str) -> ConfigDict:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"no config file {path}{hint}")
+    spec = importlib.util.spec_from_file_location(f"vit_jax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"config file {path} is not a Python file (its name must end in .py)")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        get_config = module.get_config
+        takes_variant = bool(inspect.signature(get_config).parameters)
+        if variant and not takes_variant:
+            raise UserError(f"config file {path} has no variants, so {path}:{variant} is none")
+        config = get_config(variant) if takes_variant else get_config()
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"config file {path}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:  # a config is the user's own Python: whatever it raises is wrong input
+        frames = [f for f in traceback.extract_tb(sys.exc_info()[2]) if f.filename == str(path.resolve())]
+        frames = frames or [f for f in traceback.extract_tb(sys.exc_info()[2]) if f.filename == str(path)]
+        where = f", line {frames[-1].lineno}" if frames else ""
+        message = str(error.args[0] if error.args else error)
+        raise UserError(f"config file {path}{where}: {type(error).__name__}: {message}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {path}: get_config must return a ConfigDict, not {type(config).__name__}")
+    return config
+
+
+def overrides_in(arguments: Sequence[str]) -> list[str]:
+    """The `--config.FIELD=VALUE` (or `--config.FIELD VALUE`) in what the parser left; UserError for anything else."""
+    overrides: list[str] = []
+    for argument in arguments:
+        if argument.startswith("--config."):
+            overrides.append(argument)
+        elif overrides and "=" not in overrides[-1]:
+            overrides[-1] += f"={argument}"
+        else:
+            raise UserError(f"unknown argument {argument!r} (see --help)")
+    return overrides
+
+
+def field_help() -> str:
+    """A line a field, for --help."""
+    lines = []
+    for path, field in FIELDS.items():
+        default = "unset" if field.default is None else repr(field.default)
+        allowed = "" if field.kind in (str, bool) and not field.allowed.startswith("one of") else f" ({field.allowed})"
+        lines.append(f"  --config.{path:<28} {field.meaning}{allowed} [{default}]")
+    return "\n".join(lines)
+
+
+def _split_override(override: str) -> tuple[str, Any]:
+    path, equals, value = override.removeprefix("--config.").partition("=")
+    if path not in FIELDS:
+        near = difflib.get_close_matches(path, FIELDS, 1, cutoff=0.0)[0]
+        raise UserError(f"unknown config field {path!r}; the nearest is {near!r}")
+    if not equals:
+        raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
+    return path, _parse_value(path, value)
+
+
+def _parse_value(path: str, value: str) -> Any:
+    field = FIELDS[path]
+    if value == "None" and field.optional:
+        return None
+    if field.kind is str:
+        return value
+    if field.kind is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return value  # of the wrong type: `check` says so
+
+
+# Checking a config
+
+
+def check(config: ConfigDict) -> None:
+    """Brings every field to its type and checks it, alone and together with the others.
+
+    Raises:
+      UserError: names the first field that is wrong, its value and the allowed ones.
+    """
+    for path, field in FIELDS.items():
+        try:
+            value = get(config, path)
+        except KeyError:
+            raise UserError(f"the config lacks the field {path}: it must start from default_config()") from None
+        put(config, path, _checked(path, field, value))
+    model, data, train, optim = config.model, config.data, config.train, config.optim
+    if (train.epochs is None) == (train.steps is None):
+        raise UserError("set one of train.epochs and train.steps")
+    if optim.warmup_epochs is not None and optim.warmup_steps is not None:
+        raise UserError("set only one of optim.warmup_epochs and optim.warmup_steps")
+    if train.batch_size % optim.accumulate:
+        raise UserError(f"train.batch_size={train.batch_size} is not divisible by optim.accumulate={optim.accumulate}")
+    if model.width and model.num_heads and model.width % model.num_heads:
+        raise UserError(f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}")
+    if data.image_size and model.patch_size and data.image_size % model.patch_size:
+        raise UserError(f"data.image_size={data.image_size} is not divisible by model.patch_size={model.patch_size}")
+    if augmentation_mirrors_symbols(config):
+        raise UserError(f"augment.flip=True would mirror the symbols of {data.name}: set augment.flip=False")
+    if train.patience and not data.holdout:
+        raise UserError("train.patience needs held-out pictures to watch: set data.holdout, 0.1 for example")
+    if len(data.mean) != len(data.std):
+        raise UserError(f"data.mean has {len(data.mean)} channels and data.std has {len(data.std)}")
+
+
+def augmentation_mirrors_symbols(config: ConfigDict) -> bool:
+    return config.augment.flip and config.data.name in ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist")
+
+
+def _checked(path: str, field: Field, value: Any) -> Any:
+    if value is None and field.optional:
+        return None
+    if field.kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if field.kind is tuple and isinstance(value, list | tuple):
+        if all(isinstance(x, int | float) for x in value):
+            value = tuple(float(x) for x in value)
+        else:
+            value = None
+    right_type = isinstance(value, field.kind) and (field.kind is bool or not isinstance(value, bool))
+    if not right_type or not field.check(value):
+        raise UserError(f"{path}={value!r} is not allowed: it must be {field.allowed}")
+    return value
+
+
+# A run's own config
+
+
+def to_dict(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """The config as plain dictionaries, lists and numbers, as JSON holds them."""
+    return {
+        group: {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+        for group, fields in config.to_dict().items()
+    }
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+    """The config that `to_dict` wrote; other groups are ignored. Raises UserError where a field is missing or wrong."""
+    config = default_config()
+    for path in FIELDS:
+        group, name = path.split(".")
+        if name not in values.get(group, {}):
+            raise UserError(f"the stored config lacks the field {path}: it is of another version of vit_jax")
+        put(config, path, values[group][name])
+    check(config)
+    return config
+
+
+def differences(config: ConfigDict, stored: ConfigDict) -> list[str]:
+    """The fields in which a run's config differs from the stored one, apart from those that may change."""
+    return [
+        f"{path} ({get(stored, path)!r} there, {get(config, path)!r} now)"
+        for path in FIELDS
+        if not path.startswith(CHANGEABLE) and get(config, path) != get(stored, path)
+    ]

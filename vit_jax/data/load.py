@@ -1,0 +1,298 @@
+"""A data set's name → uint8 arrays, memory-mapped from a cache of plain .npy files.
+
+The cache is built once by `vit_jax.prepare`, which `load` runs as a child process, so that neither TensorFlow nor a
+download is ever in the process that trains.
+"""
+
+import dataclasses
+import difflib
+import errno
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data import cache, sources
+from vit_jax.data.cache import Split, channel_statistics
+from vit_jax.errors import RunError, UserError
+
+TFDS_NAMES = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn_cropped", "tiny_imagenet": "tiny_imagenet"}
+KNOWN = ("digits", *TFDS_NAMES, "tfds:NAME", "folder:PATH")
+FORMAT = 1  # of the cache; a change of it rebuilds
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What a run trains, chooses and reports on."""
+
+    train: Split
+    validation: Split | None  # held out of train; None where holdout is 0
+    test: Split | None  # None where the source has no test pictures (then validation is there)
+
+
+def load(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    image_size: int | None = None,
+    skip_unreadable: bool = False,
+) -> Split:
+    """Returns one split, "train" or "test", of the data set `name`, which is prepared first where it is not cached.
+
+    `data_dir` None means $TFDS_DATA_DIR or ~/tensorflow_datasets. `image_size` is for pictures that vary in size.
+    Raises UserError where the data set, or its test split, cannot be had; RunError where preparing it failed.
+    """
+    splits = _load(name, data_dir, image_size, skip_unreadable)
+    if split not in splits:
+        raise UserError(f"{name} has no {split} pictures: set data.holdout to hold some of train out")
+    return splits[split]
+
+
+def load_splits(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    holdout: float = 0.0,
+    image_size: int | None = None,
+    skip_unreadable: bool = False,
+) -> Splits:
+    """Returns train, the stratified fraction `holdout` of it held out as validation, and test; raises like `load`."""
+    if not 0 <= holdout < 1:
+        raise UserError(f"data.holdout is {holdout}: it must be at least 0 and less than 1")
+    splits = _load(name, data_dir, image_size, skip_unreadable)
+    train, test = splits["train"], splits.get("test")
+    if holdout == 0:
+        if test is None:
+            raise UserError(f"{name} has no test pictures: set data.holdout to hold some of train out")
+        return Splits(train, None, test)
+    kept, held = (
+        dataclasses.replace(train, images=train.images[indices], labels=train.labels[indices])
+        for indices in stratified_split(train.labels, holdout)
+    )
+    if not len(held.labels):
+        raise UserError(f"data.holdout {holdout} of {len(train.labels)} pictures holds none out: raise it")
+    return Splits(kept, held, test)
+
+
+def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Splits the indices of `labels` [N] into (kept, held), sorted, with `fraction` of every class held.
+
+    The same labels always give the same split. A class of two or more is on both sides (a class of one is kept);
+    within that, round(fraction * N) are held in all, the roundings going to the largest remainders.
+    """
+    labels = np.asarray(labels)
+    classes, counts = np.unique(labels, return_counts=True)
+    if fraction <= 0 or not len(labels):
+        return np.arange(len(labels)), np.arange(0)
+    ideal = fraction * counts
+    least, most = np.minimum(1, counts - 1), counts - 1
+    quota = np.clip(np.floor(ideal).astype(np.int64), least, most)
+    for index in np.argsort(quota - ideal, kind="stable"):  # furthest below its share first
+        quota[index] += quota.sum() < round(fraction * len(labels)) and quota[index] < most[index]
+    random = np.random.RandomState(0)  # NumPy keeps this stream for ever, unlike Generator's
+    held = np.sort(
+        np.concatenate(
+            [random.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, quota, strict=True)]
+        )
+    )
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+# Where its cache is
+
+
+def _normalise(name: str) -> str:
+    """Returns `name` with an absolute folder. Raises UserError on a name that no source has."""
+    kind, _, rest = name.partition(":")
+    if name == "digits" or name in TFDS_NAMES or (kind == "tfds" and re.fullmatch(r"[\w./:+-]+", rest)):
+        return name
+    if kind == "folder" and rest:
+        return f"folder:{pathlib.Path(rest).expanduser().resolve()}"
+    near = difflib.get_close_matches(name, ("digits", *TFDS_NAMES), 1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"unknown data set {name!r}: {hint}Known are {', '.join(KNOWN)}")
+
+
+def _data_dir(data_dir: str | os.PathLike | None) -> pathlib.Path:
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return pathlib.Path(data_dir or default).expanduser().resolve()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What a cache must have been built from."""
+
+    name: str
+    data_dir: pathlib.Path
+    image_size: int | None
+    skip_unreadable: bool
+    fingerprints: dict[str, str]  # of a folder's listing, per split; empty strings for others
+
+    @classmethod
+    def of(cls, name: str, data_dir: str | os.PathLike | None, image_size: int | None, skip: bool) -> "_Request":
+        name = _normalise(name)
+        if name in TFDS_NAMES:
+            image_size = None  # one size by nature; the training step resizes
+        fingerprints = {"train": "", "test": ""}
+        if name.startswith("folder:"):
+            listing = sources.folder(pathlib.Path(name.removeprefix("folder:")), image_size)
+            fingerprints = {split: pictures.fingerprint for split, pictures in listing.items()}
+        return cls(name, _data_dir(data_dir), image_size, skip, fingerprints)
+
+    def key(self, split: str, image_size: int | None) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "dataset": self.name,
+            "split": split,
+            "image_size": image_size,
+            "fingerprint": self.fingerprints[split],
+        }
+
+    def directory(self, image_size: int | None) -> pathlib.Path:
+        kind, _, rest = self.name.partition(":")
+        safe = self.name
+        if kind == "folder":
+            safe = f"folder-{pathlib.Path(rest).name}-{hashlib.sha256(rest.encode(errors='surrogateescape')).hexdigest()[:8]}"
+        safe += f"-{image_size}" if image_size is not None else ""
+        return self.data_dir / "vit_jax" / re.sub(r"[^\w.-]", "-", safe)
+
+    def sizes(self) -> list[int | None]:
+        """Returns the sizes its cache may have: only its builder knows whether a tfds set varies in size."""
+        if self.name.startswith("tfds:") and self.image_size is not None:
+            return [None, self.image_size]
+        return [self.image_size]
+
+
+def _read(request: _Request, say_why: bool = True) -> dict[str, Split] | None:
+    """Returns the cached splits, or None; `say_why` a cache that is there is not used, on stderr."""
+    for image_size in request.sizes():
+        directory = request.directory(image_size)
+        if not directory.exists():
+            continue
+        try:
+            return {
+                split: cache.read_split(directory / split, request.key(split, image_size), request.skip_unreadable)
+                for split in request.fingerprints
+            }
+        except cache.Unusable as error:
+            if say_why:
+                reason = " ".join(str(error).split())
+                print(f"rebuilding the cache {directory}: {reason}", file=sys.stderr, flush=True)
+    return None
+
+
+def _load(
+    name: str, data_dir: str | os.PathLike | None, image_size: int | None, skip_unreadable: bool
+) -> dict[str, Split]:
+    """Returns all splits of `name`, preparing them in a child process where they are not cached."""
+    if name == "digits":
+        return _digits()
+    request = _Request.of(name, data_dir, image_size, skip_unreadable)
+    splits = _read(request, say_why=False)  # the child says it
+    if splits is None:
+        _prepare_in_child(request)
+        splits = _read(request)
+    if splits is None:
+        raise RunError(f"preparing {name} left no usable cache in {request.data_dir / 'vit_jax'}")
+    return splits
+
+
+def _digits() -> dict[str, Split]:
+    images, labels, class_names = sources.digits()
+    train, test = stratified_split(labels, 0.2)
+    statistics = channel_statistics(images[train])
+    return {
+        split: Split(images[indices], labels[indices], class_names, *statistics)
+        for split, indices in (("train", train), ("test", test))
+    }
+
+
+def _prepare_in_child(request: _Request) -> None:
+    """Runs `vit_jax.prepare` with this process's stderr, so that its bar shows; its error comes back on stdout."""
+    command = [sys.executable, "-m", "vit_jax.prepare", "--child", "--dataset", request.name]
+    command += ["--data_dir", str(request.data_dir)]
+    command += ["--image_size", str(request.image_size)] if request.image_size is not None else []
+    command += ["--skip_unreadable"] if request.skip_unreadable else []
+    root = str(pathlib.Path(__file__).resolve().parents[2])  # so that a checkout need not be installed
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    print(f"preparing {request.name} in {request.data_dir} (once)", file=sys.stderr, flush=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}) as child:
+        try:
+            output, _ = child.communicate()
+        except BaseException:
+            child.terminate()  # it removes what it had half written
+            raise
+    if child.returncode:
+        lines = [line.removeprefix("error: ") for line in output.splitlines() if line.startswith("error: ")]
+        if child.returncode == UserError.exit_code and lines:
+            raise UserError(lines[-1])
+        raise RunError(lines[-1] if lines else f"preparing {request.name} failed (exit {child.returncode}), see above")
+
+
+# Building it: called by vit_jax.prepare only
+
+
+def build(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    image_size: int | None = None,
+    skip_unreadable: bool = False,
+) -> tuple[dict[str, Split], pathlib.Path | None]:
+    """Prepares the cache of `name` in this process, unless it is there; returns its splits and its directory.
+
+    Raises UserError where the pictures cannot be had or read, or the directory not written; RunError on a full disk.
+    """
+    if name == "digits":
+        return _digits(), None
+    request = _Request.of(name, data_dir, image_size, skip_unreadable)
+    try:
+        with cache.locked(request.directory(None)):
+            splits = _read(request)  # another process may have built it meanwhile
+            if splits is None:
+                splits = _build(request)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(
+                f"no space left for {name} in {request.data_dir}: free some or choose another data_dir"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"cannot write {name} to {request.data_dir}: {error}; choose another data_dir") from error
+        raise
+    return splits, pathlib.Path(splits["train"].images.filename).parents[1]  # type: ignore[attr-defined]
+
+
+def _build(request: _Request) -> dict[str, Split]:
+    kind, _, rest = request.name.partition(":")
+    if kind == "folder":
+        pictures = sources.folder(pathlib.Path(rest), request.image_size)
+    else:
+        pictures = sources.from_tfds(TFDS_NAMES.get(request.name, rest), request.data_dir, request.image_size)
+    image_size = pictures["train"].image_size
+    final = request.directory(image_size)
+    for stale in final.parent.glob(f".{final.name}.*.tmp"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        statistics = None
+        for split, source in pictures.items():
+            key = {**request.key(split, image_size), "fingerprint": source.fingerprint}
+            statistics = cache.write_split(temporary / split, key, source, statistics, request.skip_unreadable)
+        if final.exists():
+            final.rename(temporary / "replaced")  # whoever has it mapped keeps it
+        temporary.rename(final)
+        shutil.rmtree(final / "replaced", ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    splits = _read(request)
+    if splits is None:
+        raise UserError(f"the pictures of {request.name} changed while they were read: try again")
+    return splits

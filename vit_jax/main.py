@@ -1,0 +1,28 @@
+"""Trains what a config file says: python -m vit_jax.main --config configs/digits.py"""
+
+import pathlib
+
+from vit_jax import config as configs
+from vit_jax import errors
+
+
+def main(arguments: list[str]) -> None:
+    parser = errors.ArgumentParser(
+        prog="python -m vit_jax.main",
+        description=__doc__,
+        epilog=f"Started again, a run goes on. Every field of its config can be given here:\n\n{configs.field_help()}",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE.py[:VARIANT]", help="what to train, and how")
+    parser.add_argument("--workdir", type=pathlib.Path, help="the run's folder (default: runs/<config name>)")
+    args, rest = parser.parse_known_args(arguments)
+    config, name = configs.parse(args.config, configs.overrides_in(rest))
+    workdir = args.workdir or pathlib.Path("runs") / name
+
+    from vit_jax.training import loop  # after the config is known to be right: it takes seconds
+
+    summary = loop.train(config, workdir)
+    print(f"test accuracy {summary['test_accuracy']:.2%} ({summary['protocol']}); results in {workdir}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

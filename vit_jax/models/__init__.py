@@ -1,0 +1,1 @@
+"""Networks: plain arguments in, Linen modules out."""

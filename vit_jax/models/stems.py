@@ -1,0 +1,52 @@
+"""From pixels to tokens: float images [B, height, width, C] -> [B, rows, columns, D]."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class PatchEmbedding(nn.Module):
+    """One affine map of each patch (equation 1 of the ViT paper): a convolution whose stride is its kernel's size."""
+
+    patch_size: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        batch, height, width, channels = images.shape
+        p = self.patch_size
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (p, p, channels, self.width), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
+        # Patches do not overlap, so cutting them out is a transpose and the convolution one GEMM: faster on a CPU.
+        patches = images.astype(self.dtype).reshape(batch, height // p, p, width // p, p, channels).swapaxes(2, 3)
+        patches = patches.reshape(batch, height // p, width // p, p * p * channels)
+        return patches @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)
+
+
+class ConvStem(nn.Module):
+    """Halves the image log2(patch_size) times by 3x3 convolutions (Xiao et al. 2021, arXiv 2106.14881).
+
+    Channels double up to `width`; a PatchEmbedding of patch size 1 follows. Each convolution is normalised over a
+    pixel's channels, not over the batch as in the paper: no running statistics, and an example's logits stay its own.
+    """
+
+    patch_size: int
+    width: int
+    norm_epsilon: float
+    gelu: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images.astype(self.dtype)
+        halvings = self.patch_size.bit_length() - 1
+        for i in range(halvings):
+            channels = max(self.width >> (halvings - 1 - i), 8)
+            # No bias: the norm has one. One pixel of padding on each side, so that the patches stay centred.
+            conv = nn.Conv(channels, (3, 3), 2, padding=1, use_bias=False, dtype=self.dtype, name=f"conv_{i}")
+            x = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=f"norm_{i}")(conv(x))
+            x = nn.gelu(x, approximate=self.gelu == "tanh")
+        return x

@@ -1,0 +1,53 @@
+"""Downloads, decodes and caches a data set ahead of time.
+
+python -m vit_jax.prepare --dataset cifar100 [--data_dir DIR]
+
+Data sets: digits, cifar10, cifar100, svhn, tiny_imagenet, tfds:NAME (any image-classification set of
+tensorflow-datasets), folder:PATH (PATH/{train,test}/CLASS/PICTURE.jpg). Training does the same first where needed.
+"""
+
+import argparse
+import signal
+import sys
+
+from vit_jax import errors
+from vit_jax.data import load
+
+
+def main(arguments: list[str]) -> None:
+    """Prepares the data set that `arguments` name and prints a line per split."""
+    parser = errors.ArgumentParser(prog="python -m vit_jax.prepare", description=__doc__)
+    parser.add_argument("--dataset", required=True, help="the data set's name")
+    parser.add_argument("--data_dir", help="where (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)")
+    parser.add_argument("--image_size", type=int, help="side to which pictures of varying sizes are resized, in pixels")
+    parser.add_argument("--skip_unreadable", action="store_true", help="go on without the pictures that cannot be read")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # load's: errors go to stdout
+    args = parser.parse_args(arguments)
+    if args.image_size is not None and args.image_size < 1:
+        raise errors.UserError(f"--image_size is {args.image_size}: it must be at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` cleans up
+    try:
+        splits, directory = load.build(
+            args.dataset, args.data_dir, image_size=args.image_size, skip_unreadable=args.skip_unreadable
+        )
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (errors.UserError, errors.RunError) as error:
+        if not args.child or args.debug:
+            raise
+        print(f"error: {' '.join(str(error).split())}", flush=True)
+        sys.exit(error.exit_code)
+    if not args.child:
+        for name, split in splits.items():
+            print(_summary(args.dataset, name, split, directory))
+
+
+def _summary(dataset: str, name: str, split: load.Split, directory) -> str:
+    count, *shape = split.images.shape
+    size = "x".join(map(str, shape))
+    where = f"{directory / name}" if directory else "scikit-learn, nothing to cache"
+    return f"{dataset} {name}: {count:,} pictures {size}, {len(split.class_names)} classes, {split.images.nbytes / 2**20:.1f} MiB ({where})"
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,118 @@
+"""Checkpoints: orbax's CheckpointManager, a folder a step with params, ema, optimizer and progress in it."""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
+
+from vit_jax.errors import UserError
+from vit_jax.training.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Writing is atomic and in the background; `close` waits for it.
+
+    A checkpoint may carry a score (the held-out accuracy); the latest `keep` ones and the best one are kept.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 2, read_only: bool = False):
+        self.folder = workdir / "checkpoints"
+        best = keep_policy.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
+        policy = keep_policy.AnyPreservationPolicy(policies=[keep_policy.LatestN(n=keep), best])
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only
+        )
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the highest score, the first of equals; None where no checkpoint has one."""
+        scored = [(_rank(metrics), step) for step in self.steps() if (metrics := self._manager.metrics(step))]
+        return max(scored)[1] if scored else None
+
+    def save(self, state: TrainState, score: float | None) -> None:
+        """Starts writing `state` under its step; a step that is there already stays as it is."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        metrics = None if score is None else {"score": score, "step": step}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state of `step`, with the shapes and shardings of `like`. Raises UserError where it cannot be read."""
+        items = self._restore(step, _items(like))
+        progress = items["progress"]
+        return TrainState(progress["step"], items["params"], items.get("ema"), items["optimizer"], progress["sums"])
+
+    def restore_weights(self, step: int, name: str, like: Any) -> Any:
+        """The tree "params" or "ema" of `step` alone, with the names and shapes of `like`.
+
+        Raises:
+          UserError: it cannot be read, or has other names or shapes; they are listed.
+        """
+        saved = self._item_shapes(step, name)
+        expected = _shapes(like)
+        wrong = [f"{key} is not in the checkpoint" for key in expected if key not in saved]
+        wrong += [f"{key} is only in the checkpoint" for key in saved if key not in expected]
+        wrong += [
+            f"{key} has shape {saved[key]} there and {shape} here"
+            for key, shape in expected.items()
+            if key in saved and saved[key] != shape
+        ]
+        if wrong:
+            raise UserError(f"the weights in {self.folder / str(step)} do not fit this model: {'; '.join(wrong)}")
+        return self._restore(step, {name: like})[name]
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def _item_shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
+        try:
+            tree = self._manager.item_metadata(step)[name]
+            return _shapes(getattr(tree, "tree", tree))
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
+    def _restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        items = {name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for name, tree in like.items()}
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
+        except Exception as error:  # orbax and tensorstore raise many kinds for a damaged folder
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> UserError:
+        reason = str(error).strip().split("\n")[0][:200]
+        return UserError(
+            f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {reason}); "
+            "move that folder away to go on from the one before it, or start in another --workdir"
+        )
+
+
+def _rank(metrics: dict[str, float]) -> tuple[float, float]:
+    return metrics["score"], -metrics["step"]
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    items = {
+        "params": state.params,
+        "optimizer": state.optimizer,
+        "progress": {"step": state.step, "sums": state.sums},
+    }
+    return items | ({} if state.ema is None else {"ema": state.ema})
+
+
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(str(getattr(k, "key", k)) for k in path): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,67 @@
+"""The jitted programs bound to pictures on the devices: training dispatches, and evaluation of a whole split."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.data.load import Split
+from vit_jax.data.resident import BatchIndices, padded
+from vit_jax.training import mesh as meshes
+from vit_jax.training.step import TABLE_STEPS, Classifier, Task, TrainState, make_evaluate, make_train_steps
+
+SECONDS_PER_CALL = 2.0
+
+
+class Dispatcher:
+    """Training steps on a resident split, many a dispatch, by one compiled program.
+
+    Attributes:
+      compile_seconds: what compiling took, or reading the program from the compilation cache.
+    """
+
+    def __init__(self, task: Task, state: TrainState, train: Split, batch_size: int, steps_per_call: int):
+        mesh = task.classifier.mesh
+        self._order = BatchIndices(task.seed, len(train.labels), batch_size)
+        self._pictures = meshes.place((train.images, train.labels), mesh)
+        self._table = np.zeros((max(TABLE_STEPS, steps_per_call), batch_size), np.int32)
+        started = time.monotonic()
+        lowered = make_train_steps(task).lower(state, *self._pictures, self._table, np.int32(0))
+        self._train_steps = lowered.compile()
+        self.compile_seconds = time.monotonic() - started
+
+    def __call__(self, state: TrainState, first: int, stop: int) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Trains from step `first` to step `stop`; gives the new state (the old one is gone) and a copy of its sums."""
+        table = self._table.copy()  # the dispatch before may still read its own
+        table[: stop - first] = self._order(first, stop - first)
+        return self._train_steps(state, *self._pictures, table, np.int32(stop - first))
+
+    def choose_steps_per_call(self, state: TrainState, step: int) -> int:
+        """How many steps take about two seconds here, measured on a copy of the state."""
+
+        def seconds(count: int) -> float:
+            copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            started = time.monotonic()
+            jax.block_until_ready(self(copy, step, step + count))
+            return time.monotonic() - started
+
+        seconds(1)  # the first one is slower
+        count = 1
+        while (taken := seconds(count)) < SECONDS_PER_CALL / 10 and count < TABLE_STEPS:
+            count = min(4 * count, TABLE_STEPS)
+        return int(np.clip(round(count * SECONDS_PER_CALL / taken), 1, TABLE_STEPS))
+
+
+def make_evaluator(classifier: Classifier, split: Split, batch_size: int) -> Callable[[Any], dict[str, np.ndarray]]:
+    """A function of parameters that gives per-example results of a resident split, each [N] (see `make_evaluate`)."""
+    pictures = meshes.place(padded(split.images, split.labels, batch_size), classifier.mesh)
+    program = make_evaluate(classifier, batch_size)
+
+    def evaluate(params):
+        results = jax.device_get(program(params, *pictures))
+        return {name: values[: len(split.labels)] for name, values in results.items()}
+
+    return evaluate

@@ -1,0 +1,295 @@
+"""The training loop: restore, dispatch, evaluate, write, save. Reads top to bottom."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from vit_jax.analysis import metrics as analysis
+from vit_jax.analysis import plots
+from vit_jax.data.load import Splits
+from vit_jax.errors import RunError, Stopped
+from vit_jax.training import mesh as meshes
+from vit_jax.training import setup
+from vit_jax.training import workdir as runs
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.dispatch import Dispatcher, make_evaluator
+from vit_jax.training.setup import Plan
+from vit_jax.training.step import Classifier, Task, TrainState, init_state, zero_sums
+from vit_jax.training.writers import Metrics, Progress, Row, best_row, score, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run that stay the same while its state goes from step to step."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    splits: Splits
+    plan: Plan
+    classifier: Classifier
+    schedule: Callable[[int], Any]
+    dispatch: Dispatcher
+    evaluate: Callable[[Any], dict[str, np.ndarray]]
+    checkpoints: Checkpoints
+    metrics: Metrics
+
+    def epochs(self, steps: int) -> float:
+        return steps * self.config.train.batch_size / len(self.splits.train.labels)
+
+    @property
+    def selects(self) -> bool:
+        """Whether pictures were held out to choose on."""
+        return self.splits.validation is not None
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Trains what the config says in `workdir`, or goes on with it; returns what summary.json holds.
+
+    Raises:
+      UserError: the config, the data or the workdir is wrong; nothing was written.
+      RunError: the loss is not finite.
+      Stopped: a signal came; the run was saved.
+    """
+    meshes.enable_compilation_cache()
+    mesh = meshes.make_mesh(config.mesh.data)
+    splits = setup.load_data(config)
+    config = runs.same_run(setup.resolve(config, splits.train, mesh), workdir)
+    if (summary := runs.read_summary(workdir)) is not None:
+        print(f"the run in {workdir} is finished: nothing to do")
+        return summary
+    plan, notes = setup.make_plan(config, len(splits.train.labels))
+    classifier = setup.make_classifier(config, len(splits.train.class_names), mesh)
+    task, schedule = setup.make_task(config, classifier, plan)
+    initial = _initial_weights(config, classifier)
+
+    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
+    state = _first_state(task, checkpoints, initial)
+    step = int(state.step)
+    print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    print(f"{plan.total} steps of {config.train.batch_size} in {workdir}; {setup.protocol(config, splits)}")
+    print("\n".join(notes + [f"going on from step {step}" if step else "from new weights"]), flush=True)
+
+    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size, config.train.steps_per_call)
+    if not config.train.steps_per_call:
+        config.train.steps_per_call = dispatch.choose_steps_per_call(state, step)
+    runs.write_config(workdir, config, splits.train.class_names)
+    print(f"compiled in {dispatch.compile_seconds:.1f} s; {config.train.steps_per_call} steps a dispatch", flush=True)
+
+    evaluate = make_evaluator(classifier, splits.validation or splits.test, setup.part_size(config))
+    metrics = Metrics(workdir, step)
+    run = Run(config, workdir, splits, plan, classifier, schedule, dispatch, evaluate, checkpoints, metrics)
+    with contextlib.closing(checkpoints), contextlib.closing(metrics):
+        state, seconds = _run_steps(run, state)
+        checkpoints.save(state, None)
+    return _summarize(run, state, seconds)
+
+
+def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
+    """From the state's step to the end of the run; gives the last state and the seconds of training so far."""
+    config, plan, metrics = run.config, run.plan, run.metrics
+    step, batch_size = int(state.step), config.train.batch_size
+    sums = jax.device_get(state.sums)  # the state itself is given away
+    clock = Clock(metrics.rows[-1]["seconds"] if metrics.rows else 0.0)
+    progress = Progress(step, plan.total, batch_size)
+    with caught_signals() as signals, contextlib.closing(progress):
+        while step < plan.total and not metrics.patience_is_over(config.train.patience):
+            stop = plan.next_stop(step, config.train.steps_per_call)
+            clock.count(stop - step)
+            before, (state, sums) = sums, run.dispatch(state, step, stop)
+            step = stop
+            pause = bool(signals) or step in plan.evaluations or step in plan.checkpoints
+            # Without a pause, ask for the loss of the dispatch before: to wait for this one would idle the device.
+            progress.update(step, _finite_loss(sums if pause else before, step))
+            if not pause:
+                continue
+
+            clock.stop()
+            evaluated = step in plan.evaluations
+            if evaluated:
+                row = _row(run, step, sums) | clock.rate(batch_size) | _validate(run, state)
+                metrics.add(row)
+                progress.say(_describe(row, plan.total))
+                state = state.replace(sums=jax.device_put(zero_sums(), sums["loss"].sharding))
+                sums = jax.device_get(state.sums)
+            best = run.selects and evaluated and best_row(metrics.rows)["step"] == step
+            if signals or best or step in plan.checkpoints:
+                run.checkpoints.save(state, score(metrics.rows[-1]) if run.selects and evaluated else None)
+            if signals and step < plan.total:
+                _draw_curves(run)
+                raise Stopped(f"saved step {step} of {plan.total} in {run.workdir}; the same command goes on")
+            clock.start()
+    return state, clock.seconds
+
+
+# The state that a run begins with
+
+
+def _initial_weights(config: ConfigDict, classifier: Classifier) -> Any:
+    """The weights of `init.checkpoint`, another run's last ones (its average where it keeps one); None without."""
+    if not config.init.checkpoint:
+        return None
+    return runs.load_weights(pathlib.Path(config.init.checkpoint).expanduser(), classifier)[0]
+
+
+def _first_state(task: Task, checkpoints: Checkpoints, initial: Any) -> TrainState:
+    """The last checkpoint's state; where there is none, a new one, with the `initial` weights if given."""
+    state = init_state(task)
+    latest = checkpoints.latest_step()
+    if latest is not None:
+        return checkpoints.restore(latest, state)
+    if initial is None:
+        return state
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, initial)
+    return state.replace(params=initial, ema=ema)
+
+
+# A row of metrics.csv
+
+
+def _finite_loss(sums: dict[str, jax.Array], step: int) -> float:
+    """The mean training loss since the last evaluation. Raises RunError where it is not finite."""
+    loss, examples = float(sums["loss"]), float(sums["examples"])
+    if not math.isfinite(loss):
+        raise RunError(
+            f"the training loss is {loss} by step {step}; the last checkpoint is kept; "
+            "lower optim.learning_rate or set optim.clip_norm, in a new --workdir"
+        )
+    return loss / max(examples, 1.0)
+
+
+def _row(run: Run, step: int, sums: dict[str, jax.Array]) -> Row:
+    values = {name: float(value) for name, value in jax.device_get(sums).items()}
+    return {
+        "step": step,
+        "epoch": run.epochs(step),
+        "learning_rate": float(run.schedule(step - 1)),
+        "train_loss": values["loss"] / values["examples"],
+        "train_accuracy": values["correct"] / values["examples"],
+    }
+
+
+def _validate(run: Run, state: TrainState) -> Row:
+    raw = analysis.summarize(run.evaluate(state.params))
+    ema = None if state.ema is None else analysis.summarize(run.evaluate(state.ema))["accuracy"]
+    return {
+        "val_loss": raw["loss"],
+        "val_accuracy": raw["accuracy"],
+        "val_accuracy_top5": raw["accuracy_top5"],
+        "ema_val_accuracy": ema,
+    }
+
+
+def _describe(row: Row, total: int) -> str:
+    raw = "" if row["ema_val_accuracy"] is None else f" (raw {row['val_accuracy']:.2%})"
+    return (
+        f"step {row['step']}/{total}  epoch {row['epoch']:.2f}  loss {row['train_loss']:.4f}  "
+        f"train {row['train_accuracy']:.2%}  val {score(row):.2%}{raw}  {row['images_per_second']:.0f} images/s"
+    )
+
+
+class Clock:
+    """Seconds spent on training alone, over all of the run's sessions, and the speed since the last row."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._interval, self._steps = 0.0, 0
+        self.start()
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    def count(self, steps: int) -> None:
+        self._steps += steps
+
+    def stop(self) -> None:
+        elapsed = time.monotonic() - self._since
+        self.seconds += elapsed
+        self._interval += elapsed
+
+    def rate(self, batch_size: int) -> Row:
+        rate = self._steps * batch_size / max(self._interval, 1e-9)
+        self._interval, self._steps = 0.0, 0
+        return {"images_per_second": rate, "seconds": self.seconds}
+
+
+# The end
+
+
+def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
+    """Measures the last weights on test, draws the curves, and writes summary.json, which says the run is finished."""
+    evaluate = run.evaluate
+    if run.selects and run.splits.test:
+        evaluate = make_evaluator(run.classifier, run.splits.test, setup.part_size(run.config))
+    test = analysis.summarize(evaluate(state.params if state.ema is None else state.ema))
+    best = best_row(run.metrics.rows) if run.selects else None
+    speed = float(np.median([row["images_per_second"] for row in run.metrics.rows]))
+    device, devices = jax.devices()[0].device_kind, run.classifier.mesh.size
+    peak = analysis.peak_flops(device)
+    summary = {
+        "test_accuracy": test["accuracy"],
+        "test_accuracy_top5": test["accuracy_top5"],
+        "test_loss": test["loss"],
+        "best_val_accuracy": best and score(best),
+        "best_step": best and int(best["step"]),
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "epochs": run.epochs(int(state.step)),
+        "steps": int(state.step),
+        "train_seconds": seconds,
+        "compile_seconds": run.dispatch.compile_seconds,
+        "images_per_second": speed,
+        "mfu": peak and speed * _training_flops(run.classifier) / (peak * devices),
+        "device": device,
+        "protocol": setup.protocol(run.config, run.splits),
+    }
+    _draw_curves(run)
+    write_json(run.workdir / "summary.json", summary)
+    return summary
+
+
+def _draw_curves(run: Run) -> None:
+    if run.metrics.rows:
+        measured_on = "held out" if run.selects else "test"
+        plots.curves(run.metrics.rows, run.workdir / "curves.png", run.workdir.name, measured_on)
+
+
+def _training_flops(classifier: Classifier) -> float:
+    model = classifier.model
+    patches = (classifier.image_size // model.patch_size) ** 2
+    return analysis.training_flops(
+        tokens=patches + (model.pool == "cls"),
+        patches=patches,
+        channels=len(classifier.mean),
+        patch_size=model.patch_size,
+        width=model.width,
+        depth=model.depth,
+        mlp_dim=model.mlp_dim,
+        classes=classifier.num_classes,
+    )
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in a list, so that the loop can save first; a second one interrupts at once."""
+    received: list[int] = []
+
+    def receive(number, _):
+        received.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

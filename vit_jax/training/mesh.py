@@ -1,0 +1,54 @@
+"""Devices: the mesh, and where arrays lie on it. No other module knows how many devices there are."""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vit_jax.errors import UserError
+
+
+def enable_compilation_cache() -> None:
+    """Keeps compiled programs in the user's own cache directory, so that a second start compiles nothing.
+
+    The cache holds executable code, so it must not be shared with people one does not trust.
+    $JAX_COMPILATION_CACHE_DIR moves it and JAX_ENABLE_COMPILATION_CACHE=false turns it off (both are jax's own).
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "vit_jax" / "xla"))
+
+
+def make_mesh(data: int) -> Mesh:
+    """A mesh of `data` devices (-1: all) along the one axis "data".
+
+    Raises:
+      UserError: there are not as many devices.
+    """
+    devices = jax.devices()
+    count = len(devices) if data == -1 else data
+    if count > len(devices):
+        raise UserError(f"mesh.data={data}, but there are {len(devices)} devices ({devices[0].device_kind})")
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharded(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Puts host arrays on the devices, replicated."""
+    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
+
+
+def part_sharded(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose second axis is the batch, the first being the parts it is cut into."""
+    return NamedSharding(mesh, PartitionSpec(None, "data"))

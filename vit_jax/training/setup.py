@@ -1,0 +1,149 @@
+"""From a config and its data to the parts of a run: the resolved config, the plan of its steps, the model, the task."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vit_jax.config import check, get, put
+from vit_jax.data.load import Split, Splits, load_splits
+from vit_jax.errors import UserError
+from vit_jax.models.presets import preset
+from vit_jax.models.vit import VisionTransformer
+from vit_jax.training.optim import make_optimizer, make_schedule
+from vit_jax.training.step import Augmentation, Classifier, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The steps of a run: how many, how many warm up, and after which ones it evaluates and saves."""
+
+    total: int
+    warmup: int
+    evaluations: frozenset[int]
+    checkpoints: frozenset[int]
+
+    def next_stop(self, step: int, steps_per_call: int) -> int:
+        """Where the dispatch that starts at `step` ends; the same steps, wherever a run was resumed."""
+        stop = (step // steps_per_call + 1) * steps_per_call
+        between = range(step + 1, min(stop, self.total) + 1)
+        return next((s for s in between if s in self.evaluations or s in self.checkpoints), between[-1])
+
+
+def load_data(config: ConfigDict) -> Splits:
+    """The splits that the config names, from the cache or prepared first."""
+    data = config.data
+    return load_splits(
+        data.name,
+        data_dir=None if data.dir is None else pathlib.Path(data.dir).expanduser(),
+        holdout=data.holdout,
+        image_size=data.image_size,
+        skip_unreadable=data.skip_unreadable,
+    )
+
+
+def resolve(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
+    """A copy of the config in which all that was left automatic is filled in, but for `train.steps_per_call`.
+
+    Raises:
+      UserError: the config does not fit the data or the devices.
+    """
+    config = config.copy_and_resolve_references()
+    shape = preset(config.model.preset) if config.model.preset else {}
+    for name in ("patch_size", "width", "depth", "num_heads", "mlp_dim"):
+        if config.model[name] is None:
+            if name not in shape:
+                raise UserError(f"model.{name} is not set: set it, or model.preset")
+            config.model[name] = shape[name]
+    height, width, channels = train.images.shape[1:]
+    if config.data.image_size is None:
+        if height != width:
+            raise UserError(f"the pictures of {config.data.name} are {height}x{width}, not square: set data.image_size")
+        config.data.image_size = height
+    for name in ("mean", "std"):
+        if not get(config, f"data.{name}"):
+            put(config, f"data.{name}", getattr(train, name))
+        if len(get(config, f"data.{name}")) != channels:
+            raise UserError(f"data.{name} needs {channels} numbers, one a channel of {config.data.name}")
+    check(config)
+    devices = mesh.size
+    if part_size(config) % devices:
+        of = f" / optim.accumulate={config.optim.accumulate}" if config.optim.accumulate > 1 else ""
+        raise UserError(f"train.batch_size={config.train.batch_size}{of} is not divisible by the {devices} devices")
+    return config
+
+
+def make_plan(config: ConfigDict, examples: int) -> tuple[Plan, list[str]]:
+    """The plan of a run on `examples` training pictures, and what a person should be told about it."""
+    train, optim = config.train, config.optim
+
+    def steps(epochs: float) -> int:
+        return round(epochs * examples / train.batch_size)
+
+    def every(epochs: float, total: int) -> frozenset[int]:
+        count = int(total / (epochs * examples / train.batch_size)) + 1
+        return frozenset(s for i in range(1, count + 1) if 0 < (s := steps(i * epochs)) < total) | {total}
+
+    total = train.steps if train.steps is not None else max(steps(train.epochs), 1)
+    notes = []
+    if optim.warmup_steps is not None:
+        warmup = optim.warmup_steps
+        if warmup >= total:
+            raise UserError(f"optim.warmup_steps={warmup} leaves nothing of a run of {total} steps")
+    else:
+        asked = steps(optim.warmup_epochs or 0.0)
+        warmup = min(asked, round(total / 10))
+        if warmup < asked:
+            notes.append(f"warm-up cut from {asked} to {warmup} steps, a tenth of the run")
+    return Plan(total, warmup, every(train.eval_every, total), every(config.checkpoint.every, total)), notes
+
+
+def part_size(config: ConfigDict) -> int:
+    """How many pictures the model sees at once, in training and in evaluation."""
+    return config.train.batch_size // config.optim.accumulate
+
+
+def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classifier:
+    """The model of a resolved config with its input's size and statistics."""
+    fields = {name: value for name, value in config.model.items() if name != "preset"}
+    model = VisionTransformer(num_classes=num_classes, dtype=jnp.dtype(config.train.dtype), **fields)
+    data = config.data
+    return Classifier(model, data.image_size, tuple(data.mean), tuple(data.std), mesh)
+
+
+def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[Task, Any]:
+    """The training task of a resolved config, and its schedule (step → learning rate)."""
+    optim = config.optim
+    schedule = make_schedule(optim.schedule, optim.learning_rate, plan.warmup, plan.total)
+    optimizer = make_optimizer(
+        optim.name,
+        schedule,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        b2=optim.b2,
+        clip_norm=optim.clip_norm,
+    )
+    task = Task(
+        classifier,
+        optimizer,
+        Augmentation(**config.augment),
+        label_smoothing=config.train.label_smoothing,
+        accumulate=optim.accumulate,
+        ema_decay=config.ema.decay,
+        seed=config.train.seed,
+    )
+    return task, schedule
+
+
+def protocol(config: ConfigDict, splits: Splits) -> str:
+    """What the run's numbers were measured on, in a sentence."""
+    if splits.validation is None:
+        return "trained on all of train; curves on test; no selection; test_* is the last step"
+    holdout = config.data.holdout
+    held = f"trained on {1 - holdout:g} of train; curves and choices on the held-out {holdout:g}"
+    if splits.test is None:
+        return f"{held}; the source has no test pictures, so test_* is the last step on the held-out ones"
+    return f"{held}; test_* is the last step, measured once"

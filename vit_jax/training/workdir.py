@@ -1,0 +1,104 @@
+"""A run's folder: its config.json, and the weights in it."""
+
+import json
+import pathlib
+import platform
+from typing import Any
+
+import flax
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from vit_jax.config import differences, from_dict, to_dict
+from vit_jax.errors import UserError
+from vit_jax.training import mesh as meshes
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.step import Classifier
+from vit_jax.training.writers import write_json
+
+
+def write_config(workdir: pathlib.Path, config: ConfigDict, class_names: tuple[str, ...]) -> None:
+    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (jax, flax, optax)}
+    about = {"class_names": list(class_names), "versions": versions, "device": jax.devices()[0].device_kind}
+    write_json(workdir / "config.json", to_dict(config) | about)
+
+
+def read_config(workdir: pathlib.Path) -> tuple[ConfigDict, tuple[str, ...]]:
+    """A run's resolved config and class names. Raises UserError where there is no run or its config is damaged."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"no run in {workdir}: it has no config.json")
+    try:
+        values = json.loads(path.read_text())
+        return from_dict(values), tuple(values["class_names"])
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What a finished run reported; None where it is not finished."""
+    path = workdir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def same_run(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+    """The resolved config to run in `workdir`: as given where it is new, with the automatic choices made there else.
+
+    Raises:
+      UserError: another config has been run there; the fields that differ are named.
+    """
+    if not (workdir / "config.json").exists():
+        if (workdir / "checkpoints").exists() and any((workdir / "checkpoints").iterdir()):
+            raise UserError(f"{workdir} has checkpoints but no config.json: give another --workdir")
+        return config
+    stored, _ = read_config(workdir)
+    if config.train.steps_per_call == 0:
+        config.train.steps_per_call = stored.train.steps_per_call
+    differing = differences(config, stored)
+    if differing:
+        fields = "; ".join(differing)
+        raise UserError(f"{workdir} holds a run of another config; give another --workdir. They differ in: {fields}")
+    return config
+
+
+def load_weights(
+    workdir: pathlib.Path, classifier: Classifier, checkpoint: str = "last", weights: str | None = None
+) -> tuple[Any, int, str]:
+    """Weights that a run saved, for a classifier of the same names and shapes; their step; and "ema" or "raw".
+
+    Args:
+      checkpoint: "last", "best" or a step.
+      weights: "ema" or "raw"; None: the average where the run keeps one.
+
+    Raises:
+      UserError: there is no such run, checkpoint or average, or it does not fit.
+    """
+    config, _ = read_config(workdir)
+    weights = weights or ("ema" if config.ema.decay else "raw")
+    if weights == "ema" and not config.ema.decay:
+        raise UserError(f"the run in {workdir} keeps no average (ema.decay=0): use --weights raw")
+    sharding = meshes.replicated(classifier.mesh)
+    shapes = jax.eval_shape(lambda: classifier.init(0))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = _choose(checkpoints, checkpoint, workdir)
+    params = checkpoints.restore_weights(step, "ema" if weights == "ema" else "params", like)
+    checkpoints.close()
+    return params, step, weights
+
+
+def _choose(checkpoints: Checkpoints, which: str, workdir: pathlib.Path) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"the run in {workdir} has no checkpoint yet")
+    if which == "last":
+        return steps[-1]
+    if which == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise UserError(f"the run in {workdir} has no best checkpoint: it held no pictures out (data.holdout=0)")
+        return best
+    if not which.isdigit() or int(which) not in steps:
+        raise UserError(f"no checkpoint {which!r} in {workdir}: there are last, best and {', '.join(map(str, steps))}")
+    return int(which)

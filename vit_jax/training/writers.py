@@ -1,0 +1,132 @@
+"""What a run writes besides its weights: metrics.csv, TensorBoard events, JSON files, and lines on the terminal."""
+
+import csv
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+COLUMNS = (
+    "step",
+    "epoch",
+    "learning_rate",
+    "train_loss",
+    "train_accuracy",
+    "val_loss",
+    "val_accuracy",
+    "val_accuracy_top5",
+    "ema_val_accuracy",
+    "images_per_second",
+    "seconds",
+)
+Row = dict[str, Any]  # a number a column, None where there is none
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Replaces a file as a whole: after a crash there is the old text or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+class Metrics:
+    """The rows of metrics.csv, one an evaluation, and the same for TensorBoard.
+
+    The file is the run's memory of its evaluations: after a resume from `step`, the rows after it, which will come
+    again, are taken out.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self.path = workdir / "metrics.csv"
+        self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        lines = [",".join(COLUMNS), *(",".join(_cell(row[c]) for c in COLUMNS) for row in self.rows)]
+        write_text(self.path, "\n".join(lines) + "\n")
+        self._events = SummaryWriter(str(workdir), purge_step=step + 1)
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(",".join(_cell(row[c]) for c in COLUMNS) + "\n")
+        for name in COLUMNS[2:]:
+            if row[name] is not None:
+                self._events.add_scalar(name, row[name], row["step"])
+        self._events.flush()
+
+    def patience_is_over(self, patience: int) -> bool:
+        """Whether the last `patience` evaluations brought no better score; never with a patience of 0."""
+        if patience == 0 or not self.rows:
+            return False
+        return len(self.rows) - 1 - self.rows.index(best_row(self.rows)) >= patience
+
+    def close(self) -> None:
+        self._events.close()
+
+
+def score(row: Row) -> float:
+    """What decides which evaluation is best: the accuracy of the averaged weights where there are any."""
+    ema = row["ema_val_accuracy"]
+    return float(row["val_accuracy"] if ema is None else ema)
+
+
+def best_row(rows: Sequence[Row]) -> Row:
+    """The evaluation with the best score, the first of equals."""
+    return max(rows, key=score)
+
+
+def read_metrics(path: pathlib.Path) -> list[Row]:
+    """The rows of a metrics.csv, None where a cell is empty; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [row for row in csv.reader(file)][1:]
+    whole = [row for row in rows if len(row) == len(COLUMNS)]  # a line cut short by a crash comes again
+    return [{c: float(v) if v else None for c, v in zip(COLUMNS, row, strict=True)} for row in whole]
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else repr(float(value))
+
+
+class Progress:
+    """A bar on a terminal, a line every ten seconds elsewhere: step, loss, pictures a second, time left."""
+
+    def __init__(self, step: int, total: int, batch_size: int, file: TextIO | None = None):
+        self._file = file or sys.stderr
+        self._total, self._batch_size = total, batch_size
+        self._bar = tqdm(total=total, initial=step, unit="step", file=self._file, disable=not self._file.isatty())
+        self._since = self._said = time.monotonic()
+        self._first = step
+
+    def update(self, step: int, loss: float) -> None:
+        """`step` steps are done; `loss` is their mean since the last evaluation."""
+        now = time.monotonic()
+        rate = (step - self._first) / max(now - self._since, 1e-9)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate * self._batch_size:.0f} images/s")
+            self._bar.update(step - self._bar.n)
+        elif now - self._said >= 10:
+            self._said = now
+            left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / max(rate, 1e-9)))
+            speed = f"{rate * self._batch_size:.0f} images/s"
+            self.say(f"step {step}/{self._total}  loss {loss:.4f}  {speed}  {left} left")
+
+    def say(self, line: str) -> None:
+        if self._bar.disable:
+            print(line, file=self._file, flush=True)
+        else:
+            self._bar.write(line, file=self._file)
+
+    def close(self) -> None:
+        self._bar.close()
