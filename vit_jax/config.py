@@ -194,7 +194,7 @@ def parse(argument: str, overrides: Sequence[str]) -> tuple[ConfigDict, str]:
         other = EITHER.get(path)
         if other in given and value is not None and given[other] is not None:
             raise UserError(f"--config.{path} and --config.{other} are both given: give one")
-        put(config, path, value)
+        put(config, path, _checked(path, FIELDS[path], value))
         if other is not None and other not in given:
             put(config, other, None)
     check(config)

@@ -7,6 +7,7 @@ tensorflow-datasets), folder:PATH (PATH/{train,test}/CLASS/PICTURE.jpg). Trainin
 """
 
 import argparse
+import pathlib
 import signal
 import sys
 
@@ -25,13 +26,12 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.image_size is not None and args.image_size < 1:
         raise errors.UserError(f"--image_size is {args.image_size}: it must be at least 1")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` cleans up
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         splits, directory = load.build(
             args.dataset, args.data_dir, image_size=args.image_size, skip_unreadable=args.skip_unreadable
         )
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
     except (errors.UserError, errors.RunError) as error:
         if not args.child or args.debug:
             raise
@@ -42,11 +42,18 @@ def main(arguments: list[str]) -> None:
             print(_summary(args.dataset, name, split, directory))
 
 
-def _summary(dataset: str, name: str, split: load.Split, directory) -> str:
+def _stop(number: int, _) -> None:
+    """Ends the process by an exception, so that what is half written is removed, undisturbed by a second signal."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def _summary(dataset: str, name: str, split: load.Split, directory: pathlib.Path | None) -> str:
     count, *shape = split.images.shape
-    size = "x".join(map(str, shape))
-    where = f"{directory / name}" if directory else "scikit-learn, nothing to cache"
-    return f"{dataset} {name}: {count:,} pictures {size}, {len(split.class_names)} classes, {split.images.nbytes / 2**20:.1f} MiB ({where})"
+    where = f"in {directory / name}" if directory else "within scikit-learn"
+    size = f"{'x'.join(map(str, shape))}, {len(split.class_names)} classes, {split.images.nbytes / 2**20:.1f} MiB"
+    return f"{dataset} {name}: {count:,} pictures of {size} {where}"
 
 
 if __name__ == "__main__":

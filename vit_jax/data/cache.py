@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -69,7 +68,7 @@ def read_split(directory: pathlib.Path, key: dict[str, Any], skip_unreadable: bo
             raise Unusable(f"{len(meta['unreadable'])} unreadable pictures were skipped in it")
         return Split(images, labels, names, tuple(meta["mean"]), tuple(meta["std"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-        raise Unusable(str(error)) from error
+        raise Unusable(f"{type(error).__name__}: {error}") from error
 
 
 def write_split(
@@ -137,6 +136,8 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     """Keeps other builders of the same data set waiting."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(f".{path.name}.lock"), "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: the last to finish wins
+        with contextlib.suppress(OSError, ImportError):  # a system without locks: the last to finish wins
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -6,7 +6,6 @@ download is ever in the process that trains.
 
 import dataclasses
 import difflib
-import errno
 import hashlib
 import os
 import pathlib
@@ -160,7 +159,8 @@ class _Request:
         kind, _, rest = self.name.partition(":")
         safe = self.name
         if kind == "folder":
-            safe = f"folder-{pathlib.Path(rest).name}-{hashlib.sha256(rest.encode(errors='surrogateescape')).hexdigest()[:8]}"
+            digest = hashlib.sha256(os.fsencode(rest)).hexdigest()[:8]  # folders may share their last name
+            safe = f"folder-{pathlib.Path(rest).name}-{digest}"
         safe += f"-{image_size}" if image_size is not None else ""
         return self.data_dir / "vit_jax" / re.sub(r"[^\w.-]", "-", safe)
 
@@ -260,11 +260,11 @@ def build(
             if splits is None:
                 splits = _build(request)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in sources.FULL_DISK:
             raise RunError(
                 f"no space left for {name} in {request.data_dir}: free some or choose another data_dir"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in sources.DISK_ERRORS:
             raise UserError(f"cannot write {name} to {request.data_dir}: {error}; choose another data_dir") from error
         raise
     return splits, pathlib.Path(splits["train"].images.filename).parents[1]  # type: ignore[attr-defined]

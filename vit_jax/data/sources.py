@@ -6,6 +6,8 @@ is imported inside the functions that need it, which only `vit_jax.prepare` call
 
 import contextlib
 import dataclasses
+import difflib
+import errno
 import hashlib
 import io
 import os
@@ -26,17 +28,19 @@ EXTENSIONS = frozenset("jpg jpeg jfif png webp bmp gif tif tiff ppm pgm".split()
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 BATCH = 256  # pictures decoded at a time: enough to keep the threads busy, little memory
 PROBE_SECONDS = 5
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+DISK_ERRORS = (*FULL_DISK, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 Encoded = str | os.PathLike | BinaryIO
 
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """The encoded pictures of one split. `fetch(i)` gives the file, the label and the name to use in messages."""
+    """The encoded pictures of one split. `fetch(range)` gives file, label and name for messages of each."""
 
     class_names: tuple[str, ...]
     count: int
-    fetch: Callable[[int], tuple[Encoded, int, str]]
+    fetch: Callable[[range], list[tuple[Encoded, int, str]]]
     mode: str = "RGB"
     image_size: int | None = None  # None: all have one size already
     fingerprint: str = ""
@@ -48,10 +52,12 @@ def decode(file: Encoded, image_size: int | None = None, mode: str = "RGB") -> n
 
     Returns uint8 [H, W, C]. Raises whatever Pillow raises on an unreadable picture.
     """
-    with Image.open(file) as image:
+    with Image.open(file) as opened:
         if image_size is not None:
-            image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG far too large is decoded at a fraction
-        image = ImageOps.exif_transpose(image)
+            opened.draft(None, (2 * image_size, 2 * image_size))  # a JPEG far too large is decoded at a fraction
+        image: Image.Image = ImageOps.exif_transpose(opened)
+        if image.mode == "P":
+            image = image.convert("RGBA")  # Pillow warns where a palette's transparency goes straight to RGB
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 where the high byte is meant
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert(mode)
@@ -66,8 +72,8 @@ def read_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields uint8 images [n, H, W, C] and int32 labels [n] in order; appends what it skips to `unreadable`."""
 
-    def read(index: int) -> tuple[np.ndarray | None, int, str]:
-        file, label, name = pictures.fetch(index)
+    def read(item: tuple[Encoded, int, str]) -> tuple[np.ndarray | None, int, str]:
+        file, label, name = item
         try:
             return decode(file, pictures.image_size, pictures.mode), label, name
         except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
@@ -77,7 +83,7 @@ def read_batches(
 
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, pictures.count, BATCH):
-            batch = list(pool.map(read, range(start, min(start + BATCH, pictures.count))))
+            batch = list(pool.map(read, pictures.fetch(range(start, min(start + BATCH, pictures.count)))))
             if unreadable is not None:
                 unreadable += [name for image, _, name in batch if image is None]
             images = [(image, label) for image, label, _ in batch if image is not None]
@@ -127,7 +133,7 @@ def _folder_pictures(folder: pathlib.Path, image_size: int) -> Pictures:
     return Pictures(
         class_names=tuple(entry.name for entry in classes),
         count=len(items),
-        fetch=lambda index: (*items[index], items[index][0]),
+        fetch=lambda indices: [(*items[i], items[i][0]) for i in indices],
         image_size=image_size,
         fingerprint=digest.hexdigest(),
         remedy="remove it, or set data.skip_unreadable (prepare: --skip_unreadable)",
@@ -210,12 +216,11 @@ def _prepare(tfds: Any, builder: Any, downloads: pathlib.Path) -> None:
 
     missing = _missing_archives(builder, downloads)
     offline = bool(missing) and not reachable(next(iter(missing)))
-    advice = "; ".join(f"put {url} at {path}" for url, path in list(missing.items())[:4])
-    if len(missing) > 4:
-        advice += f"; and {len(missing) - 4} more"
+    advice = ", ".join(f"{url} as {path}" for url, path in list(missing.items())[:4])
+    advice = advice and f"save {advice}" + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
     if offline:
         if len(missing) >= len(builder.url_infos or ()):
-            raise UserError(f"no network to download {builder.name} with; without one, {advice}; then try again")
+            raise UserError(f"no network to download {builder.name}: {advice}, then try again")
         downloader.MAX_RETRIES = 0  # tfds would try ten times, for minutes
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
@@ -223,19 +228,17 @@ def _prepare(tfds: Any, builder: Any, downloads: pathlib.Path) -> None:
     except UserError:
         raise
     except Exception as error:  # requests, tarfile, zlib, tfds's own: all mean the archives
-        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            raise  # the disk: full, read-only
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
         kind = type(error).__name__
         advice = advice or f"remove the damaged archive from {downloads} (or {downloads / 'manual'})"
         raise UserError(
-            f"cannot prepare {builder.name}: {kind}: {str(error)[:300]}; {advice}; then try again"
+            f"cannot prepare {builder.name}: {kind}: {str(error)[:300]}; {advice}, then try again"
         ) from error
 
 
 def _open_builder(tfds: Any, name: str, data_dir: pathlib.Path) -> Any:
     """Returns the builder of `name`. Raises UserError where tfds has none."""
-    import difflib
-
     if name == "tiny_imagenet":
         from vit_jax.data import tiny_imagenet
 
@@ -292,12 +295,12 @@ def _tfds_pictures(tfds: Any, builder: Any, split: str, image_size: int | None) 
             f"{builder.data_path} is not in tfds's array_record format: remove it, or choose another data_dir"
         ) from error
 
-    def fetch(index: int) -> tuple[Encoded, int, str]:
-        example = source[index]
-        label, name = int(example["label"]), example.get("id", f"{index} of {split}")
-        if label < 0:
+    def fetch(indices: range) -> list[tuple[Encoded, int, str]]:
+        examples = source.__getitems__(list(indices))  # several times faster than one by one
+        if any(example["label"] < 0 for example in examples):
             raise UserError(f"the split {split} of tfds:{builder.name} has no labels")
-        return io.BytesIO(example["image"]), label, name.decode() if isinstance(name, bytes) else str(name)
+        names = [f"{split} {i} {os.fsdecode(e.get('id', ''))}" for i, e in zip(indices, examples, strict=True)]
+        return [(io.BytesIO(e["image"]), int(e["label"]), name) for e, name in zip(examples, names, strict=True)]
 
     return Pictures(
         class_names=tuple(builder.info.features["label"].names),

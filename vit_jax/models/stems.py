@@ -20,7 +20,7 @@ class PatchEmbedding(nn.Module):
         p = self.patch_size
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (p, p, channels, self.width), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
-        # Patches do not overlap, so cutting them out is a transpose and the convolution one GEMM: faster on a CPU.
+        # Patches do not overlap, so the convolution is a transpose and one GEMM, whatever the channels and the device.
         patches = images.astype(self.dtype).reshape(batch, height // p, p, width // p, p, channels).swapaxes(2, 3)
         patches = patches.reshape(batch, height // p, width // p, p * p * channels)
         return patches @ kernel.reshape(-1, self.width).astype(self.dtype) + bias.astype(self.dtype)
@@ -45,7 +45,7 @@ class ConvStem(nn.Module):
         halvings = self.patch_size.bit_length() - 1
         for i in range(halvings):
             channels = max(self.width >> (halvings - 1 - i), 8)
-            # No bias: the norm has one. One pixel of padding on each side, so that the patches stay centred.
+            # No bias, because the norm has one; padded by a pixel on each side, as in the paper.
             conv = nn.Conv(channels, (3, 3), 2, padding=1, use_bias=False, dtype=self.dtype, name=f"conv_{i}")
             x = nn.LayerNorm(epsilon=self.norm_epsilon, dtype=self.dtype, name=f"norm_{i}")(conv(x))
             x = nn.gelu(x, approximate=self.gelu == "tanh")

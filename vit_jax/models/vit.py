@@ -154,12 +154,13 @@ class PositionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        places: jax.Array | np.ndarray
         if self.kind == "sincos2d":
-            table = sincos2d(grid, x.shape[-1])
-            table = np.pad(table, ((x.shape[1] - len(table), 0), (0, 0)))  # the cls token is nowhere: zeros
+            places = sincos2d(grid, x.shape[-1])
+            places = np.pad(places, ((x.shape[1] - len(places), 0), (0, 0)))  # the cls token is nowhere: zeros
         else:
-            table = self.param("pos_embedding", nn.initializers.normal(0.02), (1, *x.shape[1:]), jnp.float32)
-        return x + jnp.asarray(table, self.dtype)
+            places = self.param("pos_embedding", nn.initializers.normal(0.02), (1, *x.shape[1:]), jnp.float32)
+        return x + jnp.asarray(places, self.dtype)
 
 
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
@@ -235,8 +236,8 @@ class VisionTransformer(nn.Module):
             stem = stems.ConvStem(patch_size, self.width, self.norm_epsilon, self.gelu, self.dtype, name="stem")
             images, patch_size = stem(images), 1
         x = stems.PatchEmbedding(patch_size, self.width, self.dtype, name="embedding")(images)
-        batch, *grid, width = x.shape
-        x = x.reshape(batch, -1, width)  # [B, N, D]
+        batch, rows, columns, width = x.shape
+        x = x.reshape(batch, rows * columns, width)  # [B, N, D]
         if self.pool == "cls":
             cls = self.param("cls", nn.initializers.zeros, (1, 1, width), jnp.float32)
             x = jnp.concatenate([jnp.broadcast_to(cls.astype(x.dtype), (batch, 1, width)), x], axis=1)
@@ -250,7 +251,7 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             name="Transformer",
         )
-        x = encoder(x, tuple(grid), train=train)  # float32 from here on
+        x = encoder(x, (rows, columns), train=train)  # float32 from here on
         x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)  # [B, D]
         if self.representation_size:
             x = jnp.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))

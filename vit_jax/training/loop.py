@@ -157,15 +157,15 @@ def _first_state(task: Task, checkpoints: Checkpoints, initial: Any) -> TrainSta
 # A row of metrics.csv
 
 
-def _finite_loss(sums: dict[str, jax.Array], step: int) -> float:
-    """The mean training loss since the last evaluation. Raises RunError where it is not finite."""
+def _finite_loss(sums: dict[str, jax.Array], step: int) -> float | None:
+    """The mean training loss since the last evaluation, if a step came since. Raises RunError where it is not finite."""
     loss, examples = float(sums["loss"]), float(sums["examples"])
     if not math.isfinite(loss):
         raise RunError(
             f"the training loss is {loss} by step {step}; the last checkpoint is kept; "
             "lower optim.learning_rate or set optim.clip_norm, in a new --workdir"
         )
-    return loss / max(examples, 1.0)
+    return loss / examples if examples else None
 
 
 def _row(run: Run, step: int, sums: dict[str, jax.Array]) -> Row:

@@ -11,8 +11,8 @@ from optax.contrib import MuonDimensionNumbers
 
 # (regex on a parameter's path, whether it is decayed); the first match wins.
 DECAY_RULES = [
-    (r"(^|/)(bias|scale|cls|pos_embedding|gamma)$", False),
-    (r".*", True),
+    (r"/kernel$", True),
+    (r".*", False),
 ]
 # Muon orthogonalises the block matrices, each of q, k and v for itself; AdamW does the rest.
 # The pair names the axes that a matrix reads from and writes to: query is [D, H, D/H], out is [H, D/H, D].

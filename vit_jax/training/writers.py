@@ -109,18 +109,18 @@ class Progress:
         self._since = self._said = time.monotonic()
         self._first = step
 
-    def update(self, step: int, loss: float) -> None:
-        """`step` steps are done; `loss` is their mean since the last evaluation."""
+    def update(self, step: int, loss: float | None) -> None:
+        """`step` steps are done; `loss` is the mean since the last evaluation, None where it is not known yet."""
         now = time.monotonic()
+        shown = "" if loss is None else f"loss {loss:.4f}, "
         rate = (step - self._first) / max(now - self._since, 1e-9)
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {rate * self._batch_size:.0f} images/s")
+            self._bar.set_postfix_str(f"{shown}{rate * self._batch_size:.0f} images/s")
             self._bar.update(step - self._bar.n)
         elif now - self._said >= 10:
             self._said = now
             left = time.strftime("%H:%M:%S", time.gmtime((self._total - step) / max(rate, 1e-9)))
-            speed = f"{rate * self._batch_size:.0f} images/s"
-            self.say(f"step {step}/{self._total}  loss {loss:.4f}  {speed}  {left} left")
+            self.say(f"step {step}/{self._total}: {shown}{rate * self._batch_size:.0f} images/s, {left} left")
 
     def say(self, line: str) -> None:
         if self._bar.disable:

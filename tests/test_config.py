@@ -1,0 +1,186 @@
+"""The config: every field checked, read and documented; overrides; what may change on resume."""
+
+import pathlib
+import re
+
+import pytest
+
+from vit_jax import config as configs
+from vit_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(body, name="some.py"):
+        path = tmp_path / name
+        path.write_text("from vit_jax.config import default_config, variant_error\n" + body)
+        return str(path)
+
+    return write
+
+
+GOOD = "def get_config():\n    config = default_config()\n    config.train.epochs = 2\n    return config\n"
+
+
+@pytest.mark.parametrize("path", configs.FIELDS)
+def test_every_field_is_read_by_the_package(path):
+    group, name = path.split(".")
+    whole_groups = {
+        # groups that are handed on as a whole, by the names of a dataclass's fields
+        "model": (ROOT / "vit_jax/models/vit.py").read_text(),
+        "augment": (ROOT / "vit_jax/training/step.py").read_text(),
+    }
+    sources = [p.read_text() for p in (ROOT / "vit_jax").rglob("*.py") if p.name != "config.py"]
+    direct = re.compile(rf"\b{group}\.{name}\b|config\.{group}\.{name}\b|\boptim\.{name}\b" if group == "optim" else rf"\b{group}\.{name}\b")
+    handed_on = re.search(rf"^    {name}: ", whole_groups.get(group, ""), re.M)
+    assert handed_on or any(direct.search(s) for s in sources), f"nothing reads {path}"
+
+
+@pytest.mark.parametrize("path", configs.FIELDS)
+def test_every_field_has_a_meaning_and_a_default_that_passes_its_own_check(path):
+    field = configs.FIELDS[path]
+    assert len(field.meaning) > 10
+    assert field.default is None and field.optional or field.check(field.default)
+    assert path in configs.field_help()
+
+
+WRONG = {
+    int: ["2.5", "zero", "True"],
+    float: ["much", "nan", "True"],
+    bool: ["perhaps", "1"],
+    tuple: ["red", "3"],
+    str: [],
+}
+
+
+@pytest.mark.parametrize("path", [p for p, f in configs.FIELDS.items() if f.kind is not str])
+def test_a_wrong_value_names_the_field_and_the_allowed_values(path, write):
+    field = configs.FIELDS[path]
+    for value in WRONG[field.kind]:
+        with pytest.raises(UserError, match=re.escape(path)) as error:
+            configs.parse(write(GOOD), [f"--config.{path}={value}"])
+        assert field.allowed in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.batch_sise=3", ["train.batch_sise", "train.batch_size"]),
+        ("lerning_rate=3", ["optim.learning_rate"]),
+        ("train.batch_size=0", ["train.batch_size=0", "at least 1"]),
+        ("optim.learning_rate=-1e-3", ["optim.learning_rate", "above 0"]),
+        ("optim.name=adamax", ["'adamax'", "adamw, adam, sgd, muon"]),
+        ("checkpoint.keep=1", ["checkpoint.keep", "at least 2"]),
+        ("model.dropout=1", ["model.dropout", "below 1"]),
+        ("train.batch_size", ["needs a value"]),
+        ("augment.flip=True", ["augment.flip", "digits"]),
+        ("optim.accumulate=3", ["128", "accumulate=3"]),
+        ("train.patience=3", ["data.holdout"]),
+        ("mesh.data=0", ["mesh.data"]),
+    ],
+)
+def test_wrong_overrides(override, words, write):
+    with pytest.raises(UserError) as error:
+        configs.parse(write(GOOD), [f"--config.{override}"])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["model.width=64", "model.num_heads=5"], ["64", "num_heads=5"]),
+        (["data.image_size=30", "model.patch_size=4"], ["30", "patch_size=4"]),
+        (["train.epochs=3", "train.steps=3"], ["train.epochs", "train.steps"]),
+        (["train.epochs=None"], ["train.epochs", "train.steps"]),
+        (["data.mean=(.5,.5)", "data.std=(.5,)"], ["2 channels", "1"]),
+    ],
+)
+def test_fields_that_do_not_go_together(overrides, words, write):
+    with pytest.raises(UserError) as error:
+        configs.parse(write(GOOD), [f"--config.{o}" for o in overrides])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_overrides_have_the_types_of_their_fields(write):
+    given = ["train.steps_per_call=7", "optim.learning_rate=1", "model.qk_norm=true", "data.mean=[0, 0.5]", "data.std=(1,2)"]
+    config, name = configs.parse(write(GOOD, "my.py"), [f"--config.{g}" for g in given])
+    assert (config.train.steps_per_call, config.optim.learning_rate, config.model.qk_norm) == (7, 1.0, True)
+    assert isinstance(config.optim.learning_rate, float) and config.data.mean == (0.0, 0.5)
+    assert name == "my"
+
+
+def test_overrides_may_be_two_words_and_nothing_else_is_let_through():
+    assert configs.overrides_in(["--config.a.b", "3", "--config.c.d=4"]) == ["--config.a.b=3", "--config.c.d=4"]
+    with pytest.raises(UserError, match="--typo"):
+        configs.overrides_in(["--config.a.b=3", "--typo"])
+
+
+@pytest.mark.parametrize("given, cleared", configs.EITHER.items())
+def test_giving_one_of_two_clears_the_other(given, cleared, write):
+    body = GOOD.replace("config.train.epochs = 2", "config.train.epochs = 2\n    config.optim.warmup_epochs = 1")
+    config, _ = configs.parse(write(body), [f"--config.{cleared}=7"])
+    config, _ = configs.parse(write(body), [f"--config.{given}=5"])
+    assert configs.get(config, given) == 5 and configs.get(config, cleared) is None
+
+
+def test_variants(write):
+    body = (
+        "def get_config(variant=''):\n    config = default_config()\n    config.train.epochs = 1\n"
+        "    if variant not in ('', 'long'):\n        raise variant_error(variant, 'long')\n    return config\n"
+    )
+    path = write(body, "v.py")
+    assert configs.parse(f"{path}:long", [])[1] == "v-long"
+    with pytest.raises(UserError, match="'short'.*long"):
+        configs.parse(f"{path}:short", [])
+    with pytest.raises(UserError, match="no variants"):
+        configs.parse(f"{write(GOOD)}:long", [])
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("def get_config(:\n", ["line 2"]),
+        (GOOD.replace("epochs", "epoch"), ["line 4", "epochs"]),
+        (GOOD.replace("config.train.epochs = 2", "1 / 0"), ["line 4", "ZeroDivisionError"]),
+        ("import no_such_module\n", ["line 2", "no_such_module"]),
+        ("x = 1\n", ["get_config"]),
+        ("def get_config():\n    return 3\n", ["ConfigDict", "int"]),
+    ],
+)
+def test_a_broken_config_file_is_the_users_error(body, words, write):
+    with pytest.raises(UserError) as error:
+        configs.parse(write(body), [])
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_missing_config_file_names_the_nearest(write):
+    path = write(GOOD, "digits.py")
+    with pytest.raises(UserError, match=r"no config file.*digit\.py; did you mean .*digits\.py"):
+        configs.parse(path.replace("digits", "digit"), [])
+
+
+def test_a_config_survives_json_and_differences_skip_what_may_change(write):
+    config, _ = configs.parse(write(GOOD), ["--config.data.mean=(0.1,0.2,0.3)", "--config.data.std=(1,1,1)"])
+    again = configs.from_dict(configs.to_dict(config))
+    assert again == config and configs.differences(config, again) == []
+    again.optim.learning_rate, again.train.epochs, again.data.dir, again.checkpoint.keep = 0.5, 3.0, "/else", 9
+    differences = configs.differences(config, again)
+    assert len(differences) == 2 and "train.epochs" in differences[0] and "0.5" in differences[1]
+
+
+def test_a_stored_config_of_another_version_is_refused():
+    values = configs.to_dict(configs.default_config())
+    del values["optim"]["b2"]
+    with pytest.raises(UserError, match="optim.b2"):
+        configs.from_dict(values)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
+def test_shipped_configs_are_right_and_say_how_to_run_them(path):
+    config, _ = configs.parse(str(path), [])
+    assert f"--config configs/{path.name}" in path.read_text()
+    assert config.data.holdout == 0  # shipped configs train on all of train
+    if ":reference" in path.read_text():
+        configs.parse(f"{path}:reference", [])
