@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: small runs that are made, never downloaded."""
+"""Fixtures shared by all tests: real commands on small runs that are made, never downloaded."""
 
 import os
 import pathlib
@@ -8,47 +8,68 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# A model that trains on digits in a second: enough for everything but accuracy.
-TINY = [
-    "--config.model.width=16",
-    "--config.model.depth=1",
-    "--config.model.num_heads=2",
-    "--config.model.mlp_dim=16",
-    "--config.train.steps=24",
-    "--config.train.steps_per_call=5",
-    "--config.train.eval_every=0.5",
-    "--config.checkpoint.every=0.25",
-    "--config.augment.crop=pad",
-    "--config.model.dropout=0.1",
-]
+# A model that trains on digits in a moment: enough for everything but accuracy.
+TINY = {
+    "model.width": 16,
+    "model.depth": 1,
+    "model.num_heads": 2,
+    "model.mlp_dim": 16,
+    "model.dropout": 0.1,
+    "train.steps": 24,
+    "train.steps_per_call": 5,
+    "train.eval_every": 0.4,
+    "checkpoint.every": 0.25,
+}
+
+
+class Commands:
+    """The project's commands, as a user types them in the repository's root."""
+
+    def __init__(self, cache: pathlib.Path):
+        self.environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+
+    def popen(self, name, *arguments, environment=None):
+        call = [sys.executable, "-m", f"vit_jax.{name}", *map(str, arguments)]
+        env = self.environment | (environment or {})
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(call, cwd=ROOT, env=env, text=True, **pipes)
+
+    def run(self, name, *arguments, code=0, environment=None):
+        """Runs a command to its end; gives what it printed on stdout and on stderr."""
+        process = self.popen(name, *arguments, environment=environment)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, f"exit {process.returncode}, not {code}:\n{out}\n{err}"
+        return out, err
+
+    def fails(self, name, *arguments, **options):
+        """Runs a command that must end with code 2 and one `error:` line on stderr; gives that line."""
+        _, err = self.run(name, *arguments, code=2, **options)
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "Traceback" not in err, err
+        return errors[0]
+
+    def training(self, workdir, **fields):
+        """The arguments of `main` for digits with the tiny model and the given fields, dots written as __."""
+        fields = TINY | {name.replace("__", "."): value for name, value in fields.items()}
+        overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+        return ["--config", "configs/digits.py", "--workdir", workdir, *overrides]
+
+    def train(self, workdir, code=0, environment=None, **fields):
+        """Runs that training; gives what it printed, or its error line where `code` is 2."""
+        call = self.training(workdir, **fields)
+        if code == 2:
+            return self.fails("main", *call, environment=environment)
+        return self.run("main", *call, code=code, environment=environment)
 
 
 @pytest.fixture(scope="session")
-def cache_home(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def commands(tmp_path_factory):
+    return Commands(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture
-def command(cache_home):
-    """Runs `python -m vit_jax.NAME ...` from the repository's root as a user would; gives the finished process."""
-
-    def run(name, *arguments, environment=None, timeout=300):
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache_home)} | (environment or {})
-        call = [sys.executable, "-m", f"vit_jax.{name}", *map(str, arguments)]
-        return subprocess.run(call, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-
-    return run
-
-
-@pytest.fixture
-def fails(command):
-    """Runs a command that must end with exit code 2 and one `error:` line on stderr; gives that line."""
-
-    def run(*arguments, **options):
-        done = command(*arguments, **options)
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-        assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
-        return errors[0]
-
-    return run
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, commands):
+    """The workdir of an uninterrupted run of 24 steps."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    commands.train(workdir)
+    return workdir

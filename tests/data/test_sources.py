@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -264,6 +265,20 @@ def test_cifar100_by_its_official_builder(tmp_path):
     assert pairs(splits.train.images, splits.train.labels) == pairs(images[:8], labels[:8])
     assert pairs(splits.test.images, splits.test.labels) == pairs(images[8:], labels[8:])
     assert splits.test.class_names[99] == "fine99"
+    # Where tfds has prepared the set in its default format, that is left alone and the archive prepared again.
+    (info,) = (tmp_path / "cifar100").glob("*/dataset_info.json")
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    shutil.rmtree(tmp_path / "vit_jax")
+    again = load.load("cifar100", "train", tmp_path)
+    assert pairs(again.images, again.labels) == pairs(images[:8], labels[:8])
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    for module in ("tensorflow", "tensorflow_datasets"):
+        (blocked / f"{module}.py").write_text(f"raise ImportError('{module} is blocked')")
+    code = "import sys; from vit_jax.data import load; print(load.load('cifar100', 'train', sys.argv[1]).images.shape)"
+    environment = {**os.environ, "PYTHONPATH": f"{blocked}{os.pathsep}{ROOT}"}
+    result = subprocess.run([sys.executable, "-c", code, tmp_path], env=environment, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("(8, 32, 32, 3)\n", "")
 
 
 def test_svhn_by_its_official_builder(tmp_path):
@@ -294,7 +309,7 @@ class TinyPictures(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         shape, dtype = {"fixed": ((6, 6, 1), "uint8"), "varying": ((None, None, 3), "uint8")}[sys.argv[2]]
         features = {"image": tfds.features.Image(shape=shape), "label": tfds.features.ClassLabel(names=["no", "yes"])}
-        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
         return {split: self._generate_examples(first) for first, split in enumerate(sys.argv[3].split(","))}
@@ -311,8 +326,9 @@ TinyPictures(data_dir=sys.argv[1], file_format="array_record").download_and_prep
 
 
 def make_tfds(data_dir, kind, splits):
-    command = [sys.executable, "-c", BUILDER, str(data_dir), kind, splits]
-    subprocess.run(command, check=True, capture_output=True)
+    script = data_dir / "tiny_pictures.py"
+    script.write_text(BUILDER)
+    subprocess.run([sys.executable, str(script), str(data_dir), kind, splits], check=True)
 
 
 def test_any_tfds_set_with_validation_for_test(tmp_path):
@@ -358,6 +374,6 @@ def test_a_damaged_archive_is_named(tmp_path):
     path = tmp_path / "downloads" / "manual" / "cifar-10-binary.tar.gz"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half of it")
-    with pytest.raises(UserError, match="remove the damaged archive") as caught:
+    with pytest.raises(UserError, match="is damaged, remove it, then try again") as caught:
         load.load("cifar10", "train", tmp_path)
     assert "cifar-10-binary" in str(caught.value)

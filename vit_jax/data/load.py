@@ -111,7 +111,7 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
 def _normalise(name: str) -> str:
     """Returns `name` with an absolute folder. Raises UserError on a name that no source has."""
     kind, _, rest = name.partition(":")
-    if name == "digits" or name in TFDS_NAMES or (kind == "tfds" and re.fullmatch(r"[\w./:+-]+", rest)):
+    if name == "digits" or name in TFDS_NAMES or (kind == "tfds" and re.fullmatch(r"[\w./+-]+", rest)):
         return name
     if kind == "folder" and rest:
         return f"folder:{pathlib.Path(rest).expanduser().resolve()}"
@@ -223,7 +223,6 @@ def _prepare_in_child(request: _Request) -> None:
     command += ["--skip_unreadable"] if request.skip_unreadable else []
     root = str(pathlib.Path(__file__).resolve().parents[2])  # so that a checkout need not be installed
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    print(f"preparing {request.name} in {request.data_dir} (once)", file=sys.stderr, flush=True)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}) as child:
         try:
             output, _ = child.communicate()
@@ -280,6 +279,7 @@ def _build(request: _Request) -> dict[str, Split]:
     final = request.directory(image_size)
     for stale in final.parent.glob(f".{final.name}.*.tmp"):  # of a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
+    print(f"decoding {request.name} into {final} (once)", file=sys.stderr, flush=True)
     temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         statistics = None

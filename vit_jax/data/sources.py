@@ -222,6 +222,7 @@ def _prepare(tfds: Any, builder: Any, downloads: pathlib.Path) -> None:
         if len(missing) >= len(builder.url_infos or ()):
             raise UserError(f"no network to download {builder.name}: {advice}, then try again")
         downloader.MAX_RETRIES = 0  # tfds would try ten times, for minutes
+    print(f"preparing {builder.name} in {builder.data_path} (once)", file=sys.stderr, flush=True)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         builder.download_and_prepare(download_dir=downloads, download_config=config, file_format="array_record")
@@ -231,7 +232,7 @@ def _prepare(tfds: Any, builder: Any, downloads: pathlib.Path) -> None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
         kind = type(error).__name__
-        advice = advice or f"remove the damaged archive from {downloads} (or {downloads / 'manual'})"
+        advice = advice or f"if an archive in {downloads} is damaged, remove it"
         raise UserError(
             f"cannot prepare {builder.name}: {kind}: {str(error)[:300]}; {advice}, then try again"
         ) from error
@@ -244,9 +245,14 @@ def _open_builder(tfds: Any, name: str, data_dir: pathlib.Path) -> Any:
 
         return tiny_imagenet.TinyImagenet(data_dir=data_dir, file_format="array_record")
     try:
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        try:
+            return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        except ValueError as error:
+            if "file format" not in str(error).lower():
+                raise  # else it is there as TFRecords, tfds's default, which only TensorFlow reads: leave them alone
+            return tfds.builder(name, data_dir=data_dir / "vit_jax" / "tfds", file_format="array_record")
     except (tfds.core.DatasetNotFoundError, tfds.core.registered.DatasetNotFoundError) as error:
-        near = difflib.get_close_matches(name, tfds.list_builders(), 3)
+        near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see https://www.tensorflow.org/datasets/catalog"
         raise UserError(f"tensorflow-datasets has no data set {name!r}: {hint}") from error
     except (ValueError, AssertionError) as error:  # an unknown config or version

@@ -90,7 +90,8 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return self.dataset_info_from_configs(
+        return tfds.core.DatasetInfo(
+            builder=self,
             description="Tiny ImageNet: 200 classes of ImageNet at 64 x 64 pixels (Stanford CS231n).",
             features=tfds.features.FeaturesDict(
                 {

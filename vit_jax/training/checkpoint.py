@@ -19,10 +19,14 @@ class Checkpoints:
 
     def __init__(self, workdir: pathlib.Path, keep: int = 2, read_only: bool = False):
         self.folder = workdir / "checkpoints"
-        best = keep_policy.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
+        best = keep_policy.BestN(get_metric_fn=_rank, n=1)
         policy = keep_policy.AnyPreservationPolicy(policies=[keep_policy.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=not read_only, create=not read_only, read_only=read_only
+            preservation_policy=policy,
+            best_fn=_rank,  # without it orbax does not write the metrics
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
 
@@ -34,17 +38,17 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """The step with the highest score, the first of equals; None where no checkpoint has one."""
-        scored = [(_rank(metrics), step) for step in self.steps() if (metrics := self._manager.metrics(step))]
-        return max(scored)[1] if scored else None
+        metrics = [found for step in self.steps() if (found := self._manager.metrics(step))]
+        scored = [m for m in metrics if m["score"] is not None]
+        return max(scored, key=_rank)["step"] if scored else None
 
     def save(self, state: TrainState, score: float | None) -> None:
         """Starts writing `state` under its step; a step that is there already stays as it is."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        metrics = None if score is None else {"score": score, "step": step}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics={"score": score, "step": step})
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`, with the shapes and shardings of `like`. Raises UserError where it cannot be read."""
@@ -96,8 +100,10 @@ class Checkpoints:
         )
 
 
-def _rank(metrics: dict[str, float]) -> tuple[float, float]:
-    return metrics["score"], -metrics["step"]
+def _rank(metrics: dict[str, Any]) -> tuple[float, int]:
+    """Higher scores are better, and of equals the first; without scores the latest, which is kept anyway."""
+    score, step = metrics["score"], metrics["step"]
+    return (-1.0, step) if score is None else (score, -step)
 
 
 def _items(state: TrainState) -> dict[str, Any]:
