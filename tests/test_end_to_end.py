@@ -19,7 +19,7 @@ COLUMNS = (
     "step,epoch,learning_rate,train_loss,train_accuracy,val_loss,val_accuracy,val_accuracy_top5,ema_val_accuracy,"
     "images_per_second,seconds"
 ).split(",")
-EXAMPLES = 1437  # of digits, for training
+EXAMPLES = 1438  # of digits, for training
 
 
 def read_rows(workdir):
@@ -120,7 +120,7 @@ def test_evaluate_reproduces_the_runs_own_numbers(finished, commands, weights):
         assert report["accuracy_top5"] == summary["test_accuracy_top5"]
     else:
         assert report["accuracy"] == float(last["val_accuracy"]) and report["loss"] == float(last["val_loss"])
-    assert (report["examples"], report["checkpoint_step"], report["weights"]) == (360, 24, weights)
+    assert (report["examples"], report["checkpoint_step"], report["weights"]) == (359, 24, weights)
     assert 0 < report["ece"] < 1
     (finished / "evaluation.json").unlink()
 
@@ -187,7 +187,7 @@ def test_choices_are_made_on_held_out_pictures(commands, tmp_path):
     assert "held-out 0.2" in summary["protocol"]
     commands.run("evaluate", "--workdir", tmp_path, "--checkpoint", "best")
     report = json.loads((tmp_path / "evaluation.json").read_text())
-    assert report["checkpoint_step"] == summary["best_step"] and report["examples"] == 360
+    assert report["checkpoint_step"] == summary["best_step"] and report["examples"] == 359
     out, _ = commands.train(tmp_path, **fields)
     assert "finished" in out
 

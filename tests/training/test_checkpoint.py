@@ -30,15 +30,14 @@ def checkpoints(tmp_path):
 def saved(checkpoints, *steps, scores=None):
     for step in steps:
         checkpoints.save(state_of(step), (scores or {}).get(step))
-    checkpoints._manager.wait_until_finished()
-    return checkpoints
+    checkpoints.finish_writing()
 
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_the_whole_state_comes_back_bit_for_bit(checkpoints, ema):
     state = state_of(7, ema)
     checkpoints.save(state, None)
-    checkpoints._manager.wait_until_finished()
+    checkpoints.finish_writing()
     restored = checkpoints.restore(7, state_of(0, ema))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
@@ -60,7 +59,7 @@ def test_without_scores_there_is_no_best(checkpoints):
 def test_a_step_is_saved_once(checkpoints):
     saved(checkpoints, 1)
     checkpoints.save(state_of(1).replace(ema=state_of(9).ema), None)
-    checkpoints._manager.wait_until_finished()
+    checkpoints.finish_writing()
     assert checkpoints.restore(1, state_of(0)).ema["head"]["kernel"][0, 0] == 1.5
 
 
@@ -81,6 +80,14 @@ def test_weights_of_another_model_are_listed(checkpoints):
     assert "neck is not in the checkpoint" in message and "head/bias is only in the checkpoint" in message
 
 
+def test_a_checkpoint_whose_writer_was_killed_before_the_checksums_is_good(tmp_path):
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        saved(checkpoints, 4)
+    (tmp_path / "checkpoints" / "4" / "checksums.json").unlink()
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        assert checkpoints.restore(4, state_of(0)).params["head"]["kernel"][0, 0] == 4
+
+
 def remove(folder):
     shutil.rmtree(folder / "params")
 
@@ -91,18 +98,24 @@ def truncate(folder):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def empty(folder):
-    shutil.rmtree(folder)
-    folder.mkdir()
+def flip_a_bit(folder):
+    path = max((p for p in (folder / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [remove, truncate, empty])
+def spoil_the_checksums(folder):
+    (folder / "checksums.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, flip_a_bit, spoil_the_checksums])
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
         saved(checkpoints, 4)
     damage(tmp_path / "checkpoints" / "4")
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        step = checkpoints.latest_step() or 4
-        for read in (lambda: checkpoints.restore(step, state_of(0)), lambda: checkpoints.restore_weights(step, "params", state_of(0).params)):
-            with pytest.raises(UserError, match=f"{tmp_path}/checkpoints/4"):
-                read()
+        with pytest.raises(UserError, match=f"{tmp_path}/checkpoints/4"):
+            checkpoints.restore(4, state_of(0))
+        with pytest.raises(UserError, match=f"{tmp_path}/checkpoints/4"):
+            checkpoints.restore_weights(4, "params", state_of(0).params)

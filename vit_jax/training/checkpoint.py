@@ -1,23 +1,32 @@
 """Checkpoints: orbax's CheckpointManager, a folder a step with params, ema, optimizer and progress in it."""
 
+import json
 import pathlib
+import zlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from vit_jax.errors import UserError
 from vit_jax.training.step import TrainState
+from vit_jax.training.writers import write_json
+
+ITEMS = ("params", "ema", "optimizer", "progress")
+CHECKSUMS = "checksums.json"
 
 
 class Checkpoints:
     """The checkpoints of one workdir. Writing is atomic and in the background; `close` waits for it.
 
-    A checkpoint may carry a score (the held-out accuracy); the latest `keep` ones and the best one are kept.
+    A checkpoint may carry a score (the held-out accuracy); the latest `keep` ones and the best one are kept. Each gets
+    the checksums of its files once it is written, for the library does not notice every damaged file.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 2, read_only: bool = False):
+        logging.set_verbosity(logging.ERROR)  # orbax warns of its ordinary doings
         self.folder = workdir / "checkpoints"
         best = keep_policy.BestN(get_metric_fn=_rank, n=1)
         policy = keep_policy.AnyPreservationPolicy(policies=[keep_policy.LatestN(n=keep), best])
@@ -28,7 +37,9 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
+        self._read_only = read_only
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -47,6 +58,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self.finish_writing()
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
         self._manager.save(step, args=ocp.args.Composite(**items), metrics={"score": score, "step": step})
 
@@ -75,10 +87,34 @@ class Checkpoints:
             raise UserError(f"the weights in {self.folder / str(step)} do not fit this model: {'; '.join(wrong)}")
         return self._restore(step, {name: like})[name]
 
+    def finish_writing(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        for step in self.steps():
+            folder = self.folder / str(step)
+            if not self._read_only and not (folder / CHECKSUMS).exists():
+                write_json(folder / CHECKSUMS, _checksums(folder))
+
     def close(self) -> None:
+        self.finish_writing()
         self._manager.close()
 
+    def _check_files(self, step: int) -> None:
+        """Raises UserError where a file is not as it was written. Without checksums the writer was killed: no matter."""
+        folder = self.folder / str(step)
+        try:
+            expected = json.loads((folder / CHECKSUMS).read_text())
+        except FileNotFoundError:
+            return
+        except ValueError as error:
+            raise self._unreadable(step, error) from error
+        found = _checksums(folder)
+        damaged = [name for name in expected if found.get(name) != expected[name]]
+        if damaged:
+            raise self._unreadable(step, ValueError(f"{damaged[0]} is not as it was written"))
+
     def _item_shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
+        self._check_files(step)
         try:
             tree = self._manager.item_metadata(step)[name]
             return _shapes(getattr(tree, "tree", tree))
@@ -86,6 +122,7 @@ class Checkpoints:
             raise self._unreadable(step, error) from error
 
     def _restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        self._check_files(step)
         items = {name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for name, tree in like.items()}
         try:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
@@ -98,6 +135,11 @@ class Checkpoints:
             f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {reason}); "
             "move that folder away to go on from the one before it, or start in another --workdir"
         )
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, int]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    return {str(p.relative_to(folder)): zlib.crc32(p.read_bytes()) for p in files}
 
 
 def _rank(metrics: dict[str, Any]) -> tuple[float, int]:

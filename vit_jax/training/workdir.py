@@ -32,6 +32,8 @@ def read_config(workdir: pathlib.Path) -> tuple[ConfigDict, tuple[str, ...]]:
     try:
         values = json.loads(path.read_text())
         return from_dict(values), tuple(values["class_names"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
