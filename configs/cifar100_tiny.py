@@ -8,7 +8,9 @@ def get_config(variant=""):
     config.train.epochs = 200
     config.augment.update({"crop": "pad", "padding": 4, "flip": True})
     if variant == "reference":
-        config.model.update({"pool": "cls", "dropout": 0.1, "gelu": "exact", "norm_epsilon": 1e-5, "head_zero_init": False})
+        config.model.update(
+            {"pool": "cls", "dropout": 0.1, "gelu": "exact", "norm_epsilon": 1e-5, "head_zero_init": False}
+        )
         config.train.batch_size = 256
         config.optim.update({"name": "adam", "learning_rate": 1e-3, "weight_decay": 5e-4, "warmup_epochs": 10})
     elif variant:

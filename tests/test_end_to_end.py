@@ -87,7 +87,9 @@ def test_what_a_run_leaves(finished):
 
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["test_accuracy"] == float(rows[-1]["ema_val_accuracy"])
-    assert summary["parameters"] == sum(v.size for k, v in read_arrays(finished, 24).items() if k.startswith("['params']"))
+    assert summary["parameters"] == sum(
+        v.size for k, v in read_arrays(finished, 24).items() if k.startswith("['params']")
+    )
     assert summary["best_step"] is summary["best_val_accuracy"] is summary["mfu"] is None
     assert summary["protocol"].startswith("trained on all of train; curves on test; no selection")
     assert summary["steps"] == 24 and summary["train_seconds"] == float(rows[-1]["seconds"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax.models.stems import ConvStem, PatchEmbedding
+from vit_jax.models.stems import ConvStem, HalvingConv, PatchEmbedding
 from vit_jax.models.vit import VisionTransformer
 
 CONV = dict(num_classes=10, patch_size=4, width=64, depth=1, num_heads=4, mlp_dim=64, stem="conv", head_zero_init=False)
@@ -21,6 +21,16 @@ def test_patch_embedding_is_a_convolution():
     found = jax.jit(stem.apply)(params, images)
     assert found.shape == (2, 3, 2, 16)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_halving_convolution_is_a_convolution():
+    images = jax.random.normal(jax.random.key(0), (2, 12, 8, 5))
+    conv = HalvingConv(width=7, dtype=jnp.float32)
+    params = conv.init(jax.random.key(1), images)
+    layout = ("NHWC", "HWIO", "NHWC")
+    kernel, padding = params["params"]["kernel"], [(1, 1), (1, 1)]
+    expected = jax.lax.conv_general_dilated(images, kernel, (2, 2), padding, dimension_numbers=layout)
+    np.testing.assert_allclose(conv.apply(params, images), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

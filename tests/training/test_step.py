@@ -140,7 +140,9 @@ def test_evaluation_sees_the_pictures_as_they_are(one_step):
     params = step.init_state(still).params
     results = [dispatch.make_evaluator(task.classifier, SPLIT, 8)(params) for task in (still, moved)]
     np.testing.assert_array_equal(results[0]["loss"], results[1]["loss"])
-    losses = [one_step(t, step.init_state(t).replace(params=params), PICTURES, LABELS).sums["loss"] for t in (still, moved)]
+    losses = [
+        one_step(t, step.init_state(t).replace(params=params), PICTURES, LABELS).sums["loss"] for t in (still, moved)
+    ]
     assert losses[0] != losses[1]
 
 

@@ -5,10 +5,11 @@ under `vmap` a branch would cost all its sides for each picture.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
@@ -71,7 +72,7 @@ def to_uint8(images: jax.Array) -> jax.Array:
     return jnp.round(images).astype(jnp.uint8)
 
 
-def normalize(images: jax.Array, mean: ArrayLike, std: ArrayLike, dtype: DTypeLike) -> jax.Array:
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: DTypeLike) -> jax.Array:
     """Levels 0..255 as (level / 255 - mean) / std, `mean` and `std` a number a channel, computed in float32."""
     levels = images.astype(jnp.float32) / 255
     return ((levels - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)).astype(dtype)

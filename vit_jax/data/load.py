@@ -35,6 +35,18 @@ class Splits:
     validation: Split | None  # held out of train; None where holdout is 0
     test: Split | None  # None where the source has no test pictures (then validation is there)
 
+    @property
+    def watched(self) -> Split:
+        """What curves and choices are measured on: the held-out pictures where there are any."""
+        split = self.validation or self.test
+        assert split is not None
+        return split
+
+    @property
+    def reported(self) -> Split:
+        """What the result is measured on: test where there is one."""
+        return self.test or self.watched
+
 
 def load(
     name: str,

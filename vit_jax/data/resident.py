@@ -23,13 +23,14 @@ class BatchIndices:
         """The indices of `count` steps from `first_step` on, int32 [count, B]."""
         start, stop = first_step * self.batch_size, (first_step + count) * self.batch_size
         first, last = start // self.size, (stop - 1) // self.size
-        self._orders = {e: self._orders.get(e, None) for e in range(first, last + 1)}  # forget earlier epochs
-        for epoch, order in self._orders.items():
-            if order is None:
-                self._orders[epoch] = epoch_order(self.seed, epoch, self.size)
+        known = self._orders
+        self._orders = {e: known[e] if e in known else self._order(e) for e in range(first, last + 1)}
         run = np.concatenate(list(self._orders.values()))
         offset = first * self.size
         return run[start - offset : stop - offset].reshape(count, self.batch_size)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return epoch_order(self.seed, epoch, self.size)
 
 
 def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

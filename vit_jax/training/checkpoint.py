@@ -100,7 +100,7 @@ class Checkpoints:
         self._manager.close()
 
     def _check_files(self, step: int) -> None:
-        """Raises UserError where a file is not as it was written. Without checksums the writer was killed: no matter."""
+        """Raises UserError where a file is not as it was written; none are known where the writer was killed too soon."""
         folder = self.folder / str(step)
         try:
             expected = json.loads((folder / CHECKSUMS).read_text())

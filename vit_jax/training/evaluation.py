@@ -33,7 +33,7 @@ def evaluate(
     classifier = setup.make_classifier(config, len(class_names), mesh)
     params, step, kind = runs.load_weights(workdir, classifier, checkpoint, weights)
     splits = setup.load_data(config)
-    split = splits.test or splits.validation
+    split = splits.reported
     results = make_evaluator(classifier, split, setup.part_size(config))(params)
     return metrics.summarize(results) | {
         "ece": metrics.calibration_error(results["confidence"], results["correct"]),

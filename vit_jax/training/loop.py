@@ -86,7 +86,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     runs.write_config(workdir, config, splits.train.class_names)
     print(f"compiled in {dispatch.compile_seconds:.1f} s; {config.train.steps_per_call} steps a dispatch", flush=True)
 
-    evaluate = make_evaluator(classifier, splits.validation or splits.test, setup.part_size(config))
+    evaluate = make_evaluator(classifier, splits.watched, setup.part_size(config))
     metrics = Metrics(workdir, step)
     run = Run(config, workdir, splits, plan, classifier, schedule, dispatch, evaluate, checkpoints, metrics)
     with contextlib.closing(checkpoints), contextlib.closing(metrics):
@@ -120,7 +120,7 @@ def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
                 row = _row(run, step, sums) | clock.rate(batch_size) | _validate(run, state)
                 metrics.add(row)
                 progress.say(_describe(row, plan.total))
-                state = state.replace(sums=jax.device_put(zero_sums(), sums["loss"].sharding))
+                state = dataclasses.replace(state, sums=jax.device_put(zero_sums(), sums["loss"].sharding))
                 sums = jax.device_get(state.sums)
             best = run.selects and evaluated and best_row(metrics.rows)["step"] == step
             if signals or best or step in plan.checkpoints:
@@ -151,14 +151,14 @@ def _first_state(task: Task, checkpoints: Checkpoints, initial: Any) -> TrainSta
     if initial is None:
         return state
     ema = None if state.ema is None else jax.tree.map(jnp.copy, initial)
-    return state.replace(params=initial, ema=ema)
+    return dataclasses.replace(state, params=initial, ema=ema)
 
 
 # A row of metrics.csv
 
 
 def _finite_loss(sums: dict[str, jax.Array], step: int) -> float | None:
-    """The mean training loss since the last evaluation, if a step came since. Raises RunError where it is not finite."""
+    """The mean training loss since the last evaluation, None where no step came; RunError where it is not finite."""
     loss, examples = float(sums["loss"]), float(sums["examples"])
     if not math.isfinite(loss):
         raise RunError(
@@ -229,8 +229,8 @@ class Clock:
 def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
     """Measures the last weights on test, draws the curves, and writes summary.json, which says the run is finished."""
     evaluate = run.evaluate
-    if run.selects and run.splits.test:
-        evaluate = make_evaluator(run.classifier, run.splits.test, setup.part_size(run.config))
+    if run.splits.reported is not run.splits.watched:
+        evaluate = make_evaluator(run.classifier, run.splits.reported, setup.part_size(run.config))
     test = analysis.summarize(evaluate(state.params if state.ema is None else state.ema))
     best = best_row(run.metrics.rows) if run.selects else None
     speed = float(np.median([row["images_per_second"] for row in run.metrics.rows]))

@@ -17,7 +17,7 @@ def enable_compilation_cache() -> None:
     The cache holds executable code, so it must not be shared with people one does not trust.
     $JAX_COMPILATION_CACHE_DIR moves it and JAX_ENABLE_COMPILATION_CACHE=false turns it off (both are jax's own).
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "vit_jax" / "xla"))
 

@@ -68,7 +68,7 @@ def make_optimizer(
     b2: float,
     clip_norm: float,
 ) -> optax.GradientTransformation:
-    """"adamw", "adam" (decay added to the gradient), "sgd" (likewise, with momentum) or "muon" (AdamW for the rest)."""
+    """The optimizer called "adamw", "adam" (decay added to the gradient), "sgd" (likewise, with momentum) or "muon"."""
 
     def decayed(params):
         return match_rules(DECAY_RULES, params)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -73,7 +72,7 @@ class Classifier:
     def logits(self, params: Any, images: jax.Array, train: bool = False, rngs: Any = None) -> jax.Array:
         """uint8 [B, H, W, C] → float32 [B, K]."""
         inputs = ops.normalize(ops.resize(images, self.image_size), self.mean, self.std, self.model.dtype)
-        return self.model.apply({"params": params}, inputs, train=train, rngs=rngs)
+        return jnp.asarray(self.model.apply({"params": params}, inputs, train=train, rngs=rngs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +154,7 @@ def train_step(task: Task, state: TrainState, images: jax.Array, labels: jax.Arr
     return TrainState(state.step + 1, params, ema, optimizer, sums)
 
 
-def make_train_steps(task: Task) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_steps(task: Task) -> jax.stages.Wrapped:
     """One dispatch of training: (state, images, labels, indices, count) → (state, a copy of its sums).
 
     images: uint8 [N, H, W, C] and labels: int32 [N], the whole training split, on the devices.
@@ -175,7 +174,7 @@ def make_train_steps(task: Task) -> Callable[..., tuple[TrainState, dict[str, ja
     return jax.jit(train_steps, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
 
 
-def make_evaluate(classifier: Classifier, batch_size: int) -> Callable[..., dict[str, jax.Array]]:
+def make_evaluate(classifier: Classifier, batch_size: int) -> jax.stages.Wrapped:
     """Evaluation: (params, images, labels) → per-example results, each [N].
 
     images: uint8 [N, H, W, C] and labels: int32 [N] with N a multiple of `batch_size` (the caller pads, and cuts the

@@ -1,0 +1,73 @@
+"""What the repository promises: README and CI run the same commands, and each dependency is used."""
+
+import ast
+import pathlib
+import re
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+SOURCES = sorted((ROOT / "vit_jax").rglob("*.py"))
+# How a distribution is imported, where its name does not say so; tfds's own needs are used through it.
+IMPORTED_AS = {
+    "absl-py": "absl",
+    "orbax-checkpoint": "orbax",
+    "pillow": "PIL",
+    "scikit-learn": "sklearn",
+    "tensorflow-datasets": "tensorflow_datasets",
+}
+FOR_TFDS = {"array-record", "importlib_resources", "tensorflow-cpu", "tensorflow"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("start", ["pip install -e . && python", 'pip install -e ".[test]" && pytest'])
+def test_ci_runs_exactly_the_commands_of_the_readme(start):
+    commands = [line.strip() for line in README.splitlines() if line.startswith(f"    {start}")]
+    assert len(commands) == 1
+    assert commands[0] in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_every_config_and_file_that_the_readme_names_is_there():
+    paths = set(re.findall(r"\b(?:configs|vit_jax)/[\w/]+\.py", README))
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists() and "NAME" not in path] == []
+
+
+def test_declared_dependencies_are_those_that_are_imported():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line).group() for line in project["dependencies"]} - FOR_TFDS
+    declared = {IMPORTED_AS.get(name, name) for name in declared}
+    used = {name.split(".")[0] for path in SOURCES for name in imports(path)}
+    assert used - sys.stdlib_module_names - {"vit_jax"} == declared
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_imports_upward(path):
+    """Doors use training and analysis; these use models, augment and data, which use nothing but errors."""
+    room = path.relative_to(ROOT / "vit_jax").parts[0]
+    allowed = {
+        "data": {"data", "errors"},
+        "augment": {"augment", "errors"},
+        "models": {"models", "errors"},
+        "analysis": {"analysis", "errors", "models", "augment", "data"},
+        "training": {"training", "analysis", "errors", "models", "augment", "data", "config"},
+        "config.py": {"errors"},
+        "errors.py": set(),
+    }.get(room)
+    own = {name.split(".")[1] for name in imports(path) if name.startswith("vit_jax.")}
+    assert allowed is None or own <= allowed, own - (allowed or set())
+
+
+def test_the_training_process_never_imports_tensorflow_in_code():
+    users = {p.name for p in SOURCES if any(name.split(".")[0].startswith("tensorflow") for name in imports(p))}
+    assert users <= {"sources.py", "tiny_imagenet.py"}
