@@ -1,0 +1,1 @@
+"""Small Vision Transformers trained from scratch, in JAX, Flax and optax."""

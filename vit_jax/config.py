@@ -309,7 +309,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"augment.flip=True would mirror the symbols of {data.name}: set augment.flip=False")
     if train.patience and not data.holdout:
         raise UserError("train.patience needs held-out pictures to watch: set data.holdout, 0.1 for example")
-    if len(data.mean) != len(data.std):
+    if data.mean and data.std and len(data.mean) != len(data.std):
         raise UserError(f"data.mean has {len(data.mean)} channels and data.std has {len(data.std)}")
 
 

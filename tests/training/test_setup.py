@@ -1,0 +1,99 @@
+"""The plan of a run's steps, and what a config resolves to."""
+
+import numpy as np
+import pytest
+
+from vit_jax.config import default_config
+from vit_jax.data.load import Split, Splits
+from vit_jax.errors import UserError
+from vit_jax.training import mesh, setup
+
+
+def config_of(**fields):
+    config = default_config()
+    config.train.update({"batch_size": 10, "epochs": 3})
+    for name, value in fields.items():
+        group, field = name.split("__")
+        config[group][field] = value
+    return config
+
+
+def split_of(side=8, channels=3, size=40):
+    images = np.zeros((size, side, side, channels), np.uint8)
+    return Split(images, np.zeros(size, np.int32), ("a", "b"), (0.4,) * channels, (0.2,) * channels)
+
+
+@pytest.mark.parametrize(
+    "fields, examples, total, evaluations, checkpoints",
+    [
+        ({}, 40, 12, {4, 8, 12}, {4, 8, 12}),
+        ({"train__epochs": 2.5, "train__eval_every": 1.0}, 40, 10, {4, 8, 10}, {4, 8, 10}),
+        ({"train__epochs": None, "train__steps": 5}, 40, 5, {4, 5}, {4, 5}),
+        ({"train__eval_every": 0.5, "checkpoint__every": 9.0}, 40, 12, {2, 4, 6, 8, 10, 12}, {12}),
+        ({"train__eval_every": 0.01}, 40, 12, set(range(1, 13)), {4, 8, 12}),  # no row before the first step
+        ({"train__epochs": 4}, 37, 15, {4, 7, 11, 15}, {4, 7, 11, 15}),  # 3.7 steps an epoch
+        ({"train__epochs": 0.01}, 40, 1, {1}, {1}),
+    ],
+)
+def test_plan(fields, examples, total, evaluations, checkpoints):
+    plan, _ = setup.make_plan(config_of(**fields), examples)
+    assert (plan.total, plan.evaluations, plan.checkpoints) == (total, evaluations, checkpoints)
+
+
+def test_dispatches_end_on_the_same_steps_from_wherever_a_run_goes_on():
+    plan = setup.Plan(50, 0, frozenset({13, 26, 39, 50}), frozenset({20, 50}))
+
+    def stops(step):
+        while step < plan.total:
+            yield (step := plan.next_stop(step, 8))
+
+    whole = list(stops(0))
+    assert whole == [8, 13, 16, 20, 24, 26, 32, 39, 40, 48, 50]
+    for step in whole:
+        assert list(stops(step)) == [s for s in whole if s > step]
+
+
+def test_warm_up_is_a_tenth_of_the_run_at_most_and_says_so():
+    plan, notes = setup.make_plan(config_of(optim__warmup_epochs=1.0, train__epochs=20), 40)
+    assert plan.warmup == 4 and notes == []
+    plan, notes = setup.make_plan(config_of(optim__warmup_epochs=5.0, train__epochs=20), 40)
+    assert plan.warmup == 8 and "from 20 to 8 steps" in notes[0]
+    plan, notes = setup.make_plan(config_of(optim__warmup_steps=11), 40)  # asked for in steps: as asked
+    assert plan.warmup == 11 and notes == []
+    with pytest.raises(UserError, match="warmup_steps=12"):
+        setup.make_plan(config_of(optim__warmup_steps=12), 40)
+
+
+def test_a_preset_fills_what_is_unset_and_a_set_field_wins():
+    config = config_of(model__preset="Ti/4", model__depth=3)
+    resolved = setup.resolve(config, split_of(), mesh.make_mesh(1))
+    model = resolved.model
+    assert (model.patch_size, model.width, model.depth, model.num_heads, model.mlp_dim) == (4, 192, 3, 3, 768)
+    assert resolved.data.image_size == 8 and resolved.data.mean == (0.4,) * 3
+    assert config.model.width is None  # the given config stays as it was
+
+
+@pytest.mark.parametrize(
+    "fields, split, words",
+    [
+        ({}, {}, "model.patch_size is not set"),
+        ({"model__preset": "Ti/3"}, {}, "8.*3"),
+        ({"model__preset": "Ti/4", "data__mean": (0.5,), "data__std": (1.0,)}, {}, "data.mean needs 3"),
+    ],
+)
+def test_what_does_not_fit_the_data(fields, split, words):
+    with pytest.raises(UserError, match=words):
+        setup.resolve(config_of(**fields), split_of(**split), mesh.make_mesh(1))
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(UserError, match="mesh.data=4096"):
+        mesh.make_mesh(4096)
+
+
+def test_the_protocol_says_what_was_measured_on_what():
+    train = split_of()
+    assert "no selection" in setup.protocol(config_of(), Splits(train, None, train))
+    held = config_of(data__holdout=0.25)
+    assert "held-out 0.25; test_* is the last step, measured once" in setup.protocol(held, Splits(train, train, train))
+    assert "no test pictures" in setup.protocol(held, Splits(train, train, None))
