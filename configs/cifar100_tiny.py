@@ -1,3 +1,19 @@
+"""CIFAR-100 from scratch with 1.53M parameters (width 192, depth 6, patch 4).
+
+    python -m vit_jax.main --config configs/cifar100_tiny.py
+    python -m vit_jax.main --config configs/cifar100_tiny.py:reference
+
+`:reference` is the recipe of the published experiment "Tiny-ViT from scratch on CIFAR-100" (1,528,228 parameters; its
+README: 62.58 %, the best test accuracy over 200 epochs, 10 minutes on an RTX 5090). Kept: sizes, epochs, batch, Adam with
+coupled L2, warm-up and cosine, crop and flip, dropout. Not kept: the statistics of another data set, a first epoch at
+rate 0, the choice of the epoch on test, decay of biases and norms, PyTorch's initial weights.
+
+Measured, two CPU cores: MEASURED_REFERENCE
+
+Our recipe has the same size (1,528,612 parameters: mean pooling, normalised queries and keys). It has not been run to
+its end yet: it wants a GPU.
+"""
+
 from vit_jax.config import default_config, variant_error
 
 
@@ -5,20 +21,20 @@ def get_config(variant=""):
     config = default_config()
     config.data.name = "cifar100"
     config.model.update({"patch_size": 4, "width": 192, "depth": 6, "num_heads": 8, "mlp_dim": 256})
-    config.train.epochs = 200
+    config.train.update({"batch_size": 256, "epochs": 200, "eval_every": 2})
     config.augment.update({"crop": "pad", "padding": 4, "flip": True})
+    config.optim.warmup_epochs = 10
+    config.checkpoint.every = 10
     if variant == "reference":
-        config.model.update(
-            {"pool": "cls", "dropout": 0.1, "gelu": "exact", "norm_epsilon": 1e-5, "head_zero_init": False}
-        )
-        config.train.batch_size = 256
-        config.optim.update({"name": "adam", "learning_rate": 1e-3, "weight_decay": 5e-4, "warmup_epochs": 10})
+        config.model.update({"pool": "cls", "dropout": 0.1, "gelu": "exact", "norm_epsilon": 1e-5})
+        config.model.head_zero_init = False
+        config.optim.update({"name": "adam", "learning_rate": 1e-3, "weight_decay": 5e-4})
     elif variant:
         raise variant_error(variant, "reference")
     else:
-        config.train.update({"batch_size": 256, "label_smoothing": 0.1})
-        config.model.drop_path = 0.1
-        config.optim.update({"name": "muon", "learning_rate": 1e-2, "weight_decay": 0.05, "warmup_epochs": 10})
+        config.model.update({"qk_norm": True, "drop_path": 0.1})
+        config.train.label_smoothing = 0.1
+        config.optim.update({"name": "muon", "learning_rate": 1e-2, "weight_decay": 0.05})
         config.optim.update({"momentum": 0.95, "b2": 0.98})
         config.ema.decay = 0.999
     return config

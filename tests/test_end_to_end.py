@@ -3,7 +3,9 @@
 import csv
 import hashlib
 import json
+import pathlib
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -134,48 +136,67 @@ def test_evaluate_refuses_what_is_not_there(finished, commands, tmp_path):
     assert not (finished / "evaluation.json").exists()
 
 
-def test_kill_9_at_random_moments_and_the_same_bits(commands, tmp_path):
-    fields = {"train__steps": 60, "checkpoint__every": 0.2}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    commands.train(whole, **fields)
-    call = commands.training(broken, **fields)
+# Long enough to be stopped, with held-out pictures, so that there is a best checkpoint to keep too.
+LONG = {"train__steps": 160, "train__eval_every": 1, "checkpoint__every": 0.3, "data__holdout": 0.2}
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory, commands):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    commands.train(workdir, **LONG)
+    return workdir
+
+
+def assert_same_run(workdir, uninterrupted):
+    assert_same_end(uninterrupted, workdir, 160)
+    steps = [sorted(int(p.name) for p in (w / "checkpoints").iterdir()) for w in (uninterrupted, workdir)]
+    assert steps[0] == steps[1]
+    summaries = [json.loads((w / "summary.json").read_text()) for w in (uninterrupted, workdir)]
+    for name in ("test_accuracy", "test_loss", "best_val_accuracy", "best_step"):
+        assert summaries[0][name] == summaries[1][name] is not None
+
+
+def test_kill_9_at_random_moments_and_the_same_bits(uninterrupted, commands, tmp_path):
+    call = commands.training(tmp_path, **LONG)
     chance = random.Random(0)
     for kill in range(3):
         process = commands.popen("main", *call)
-        for _ in range(chance.randint(1, 2)):  # an evaluation's line: a row and perhaps a checkpoint are being written
+        for _ in range(chance.randint(1, 2)):  # an evaluation's line: a checkpoint is being written
             assert process.stderr.readline().startswith("step "), process.communicate()
         try:
-            process.wait(timeout=chance.uniform(0, 0.15))
+            process.wait(timeout=chance.uniform(0, 0.1))
         except subprocess.TimeoutExpired:
             process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, f"kill {kill} came too late"
-        assert not (broken / "summary.json").exists()
+        assert not (tmp_path / "summary.json").exists()
     out, _ = commands.run("main", *call)
     assert "going on from step" in out
-    assert_same_end(whole, broken, 60)
+    assert_same_run(tmp_path, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(finished, commands, tmp_path, number):
-    call = commands.training(tmp_path)
+@pytest.mark.parametrize("number, steps_per_call", [(signal.SIGTERM, 5), (signal.SIGINT, 0)])
+def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, commands, tmp_path, number, steps_per_call):
+    call = commands.training(tmp_path, **LONG, train__steps_per_call=steps_per_call)
     process = commands.popen("main", *call)
-    assert process.stderr.readline().startswith("step 9/24")
+    assert process.stderr.readline().startswith("step 18/160")
     process.send_signal(number)
     _, err = process.communicate()
-    if process.returncode != 0:  # it may have been through before the signal came
-        assert process.returncode == 75 and "stopped: saved step" in err, err
-        commands.run("main", *call)
-    assert_same_end(finished, tmp_path, 24)
-
-
-def test_automatic_steps_per_call_are_chosen_once(commands, tmp_path):
-    commands.train(tmp_path, train__steps_per_call=0, train__steps=12)
+    assert process.returncode == 75 and "stopped: saved step" in err, err
     chosen = json.loads((tmp_path / "config.json").read_text())["train"]["steps_per_call"]
-    assert 1 <= chosen <= 512
-    out, _ = commands.train(tmp_path, train__steps_per_call=0, train__steps=12)
-    assert "finished" in out
-    assert "steps_per_call" in commands.train(tmp_path, code=2, train__steps_per_call=chosen + 1, train__steps=12)
+    assert chosen == 5 if steps_per_call else 1 <= chosen <= 512
+    commands.run("main", *call)
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps_per_call"] == chosen
+    assert_same_run(tmp_path, uninterrupted)  # bit for bit, whatever the steps a dispatch
+    assert "steps_per_call" in commands.train(tmp_path, code=2, **LONG, train__steps_per_call=chosen + 1)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(finished, commands, tmp_path):
+    for name in ("config.json", "metrics.csv"):
+        shutil.copy(finished / name, tmp_path)
+    out, _ = commands.train(tmp_path)
+    assert "from new weights" in out
+    assert_same_end(finished, tmp_path, 24)
 
 
 def test_choices_are_made_on_held_out_pictures(commands, tmp_path):
@@ -204,11 +225,23 @@ def test_starting_from_another_runs_weights(finished, commands, tmp_path):
     assert not (tmp_path / "wider").exists() and not (tmp_path / "nothing").exists()
 
 
+def test_the_weights_a_run_started_from_are_not_needed_to_go_on(finished, commands, tmp_path):
+    shutil.copytree(finished, tmp_path / "source")
+    fields = {"init__checkpoint": tmp_path / "source", "train__steps": 12}
+    commands.train(tmp_path / "run", **fields)
+    shutil.rmtree(tmp_path / "source")
+    (tmp_path / "run" / "summary.json").unlink()
+    out, _ = commands.train(tmp_path / "run", **fields)
+    assert "going on from step 12" in out
+
+
 def test_a_diverging_run_ends_with_1_and_keeps_its_checkpoint(commands, tmp_path):
-    fields = {"optim__name": "sgd", "optim__learning_rate": 1e30, "optim__warmup_steps": 12}
+    # The rate is 0 at step 0 and then enormous: step 1 is good, what follows is not.
+    fields = {"optim__name": "sgd", "optim__learning_rate": 1e38, "optim__warmup_steps": 12, "checkpoint__every": 0.01}
     _, err = commands.train(tmp_path, code=1, **fields)
-    assert "error: the training loss is" in err and "Traceback" not in err
-    assert not (tmp_path / "summary.json").exists()
+    assert "not finite" in err and "Traceback" not in err and not (tmp_path / "summary.json").exists()
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept and all(np.isfinite(x).all() for x in read_arrays(tmp_path, kept[-1]).values())
 
 
 def test_two_devices_train_as_one(finished, commands, tmp_path):
@@ -250,6 +283,17 @@ def test_ones_own_pictures_without_tensorflow(pictures, commands, tmp_path):
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["examples"] == 20
 
 
+def test_pictures_without_a_test_folder(pictures, commands, tmp_path):
+    shutil.rmtree(pictures / "test")
+    fields = of_folder(pictures, tmp_path)
+    assert "data.holdout" in commands.train(tmp_path / "run", code=2, **fields)
+    commands.train(tmp_path / "run", data__holdout=0.25, **fields)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "no test pictures" in summary["protocol"] and summary["best_step"] is not None
+    commands.run("evaluate", "--workdir", tmp_path / "run", "--checkpoint", "best")
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["examples"] == 20
+
+
 def test_a_text_file_named_jpg(pictures, commands, tmp_path):
     (pictures / "train" / "red" / "note.jpg").write_text("not a picture")
     fields = of_folder(pictures, tmp_path)
@@ -271,6 +315,7 @@ def test_a_text_file_named_jpg(pictures, commands, tmp_path):
         ({"mesh__data": 64}, ["mesh.data=64"]),
         ({"model__preset": "XL/16", "model__width": "None"}, ["XL/16"]),
         ({"optim__warmup_steps": 24}, ["optim.warmup_steps=24", "24"]),
+        ({"model__width": 18, "model__position_embedding": "sincos2d"}, ["18"]),
         ({"data__mean": "(0.5,0.5)", "data__std": "(1,1)"}, ["data.mean", "1"]),
     ],
 )
@@ -293,6 +338,13 @@ def test_wrong_commands_and_files(commands, tmp_path):
     assert "--confg" in commands.fails("main", "--confg", "configs/digits.py")
     assert "--config" in commands.fails("main")
     assert "--workdir" in commands.fails("evaluate")
+    (tmp_path / "file").touch()
+    assert f"cannot use {tmp_path}/file" in commands.train(tmp_path / "file" / "run", code=2)
+
+
+def test_compiled_programs_are_kept_in_the_users_cache(finished, commands):
+    cache = pathlib.Path(commands.environment["XDG_CACHE_HOME"]) / "vit_jax" / "xla"
+    assert any("train_steps" in path.name for path in cache.iterdir())
 
 
 @pytest.mark.parametrize("name", ["main", "evaluate", "prepare"])

@@ -1,4 +1,4 @@
-"""Every field of a config: its meaning, unit, default and check. Nothing else defines or checks a field.
+"""Every field of a config, in one place: its meaning, unit, default and check.
 
 A config is an `ml_collections.ConfigDict` with the groups below. A config file defines `get_config(variant="")`,
 which starts from `default_config()`; `--config.GROUP.FIELD=VALUE` overrides a field. `None` means "not set".
@@ -32,9 +32,9 @@ class Field:
     optional: bool = False
 
 
-def whole(default: int | None, meaning: str, minimum: int = 1) -> Field:
-    allowed = f"a whole number of at least {minimum}"
-    return Field(default, int, meaning, allowed, lambda v: v >= minimum, optional=default is None)
+def whole(default: int | None, meaning: str, minimum: int = 1, maximum: int = 2**31 - 1) -> Field:
+    allowed = f"a whole number of at least {minimum}" + (f" and at most {maximum}" if maximum < 2**31 - 1 else "")
+    return Field(default, int, meaning, allowed, lambda v: minimum <= v <= maximum, optional=default is None)
 
 
 def real(default: float | None, meaning: str, minimum: float = 0.0, maximum: float = float("inf")) -> Field:
@@ -114,7 +114,7 @@ FIELDS: dict[str, Field] = {
     "train.seed": whole(0, "seed of initial weights, order, augmentation and dropout", minimum=0),
     "train.label_smoothing": fraction(0.0, "probability spread evenly over all classes"),
     "train.dtype": choice("float32", "what the network computes in; parameters stay float32", "float32", "bfloat16"),
-    "train.steps_per_call": whole(0, "training steps a dispatch; 0: about two seconds' worth", minimum=0),
+    "train.steps_per_call": whole(0, "training steps a dispatch; 0: two seconds' worth, or 512", 0, maximum=512),
     "train.eval_every": positive(1.0, "epochs between evaluations"),
     "train.patience": whole(
         0, "stop after this many evaluations without a better held-out accuracy; 0: never", minimum=0
@@ -150,6 +150,10 @@ EITHER = {
     "optim.warmup_epochs": "optim.warmup_steps",
     "optim.warmup_steps": "optim.warmup_epochs",
 }
+# Filled in from the data, or measured, where they are left at these defaults.
+AUTOMATIC = ("data.image_size", "data.mean", "data.std", "train.steps_per_call")
+# Their pictures mean something else when mirrored.
+SYMBOLS = ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist", "tfds:emnist", "tfds:kmnist")
 # Where and how a run runs: these may change between its start and its resume.
 CHANGEABLE = ("mesh.", "data.dir", "checkpoint.")
 
@@ -195,7 +199,7 @@ def parse(argument: str, overrides: Sequence[str]) -> tuple[ConfigDict, str]:
         if other in given and value is not None and given[other] is not None:
             raise UserError(f"--config.{path} and --config.{other} are both given: give one")
         put(config, path, _checked(path, FIELDS[path], value))
-        if other is not None and other not in given:
+        if other is not None and value is not None and other not in given:
             put(config, other, None)
     check(config)
     return config, pathlib.Path(filename).stem + (f"-{variant}" if variant else "")
@@ -305,16 +309,12 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}")
     if data.image_size and model.patch_size and data.image_size % model.patch_size:
         raise UserError(f"data.image_size={data.image_size} is not divisible by model.patch_size={model.patch_size}")
-    if augmentation_mirrors_symbols(config):
+    if config.augment.flip and data.name in SYMBOLS:
         raise UserError(f"augment.flip=True would mirror the symbols of {data.name}: set augment.flip=False")
     if train.patience and not data.holdout:
         raise UserError("train.patience needs held-out pictures to watch: set data.holdout, 0.1 for example")
     if data.mean and data.std and len(data.mean) != len(data.std):
         raise UserError(f"data.mean has {len(data.mean)} channels and data.std has {len(data.std)}")
-
-
-def augmentation_mirrors_symbols(config: ConfigDict) -> bool:
-    return config.augment.flip and config.data.name in ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist")
 
 
 def _checked(path: str, field: Field, value: Any) -> Any:
@@ -357,9 +357,11 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def differences(config: ConfigDict, stored: ConfigDict) -> list[str]:
-    """The fields in which a run's config differs from the stored one, apart from those that may change."""
-    return [
-        f"{path} ({get(stored, path)!r} there, {get(config, path)!r} now)"
-        for path in FIELDS
-        if not path.startswith(CHANGEABLE) and get(config, path) != get(stored, path)
-    ]
+    """The fields in which a run's config differs from the stored one, apart from those that may and the unset ones."""
+    found = []
+    for path, field in FIELDS.items():
+        now, there = get(config, path), get(stored, path)
+        automatic = path in AUTOMATIC and now == field.default
+        if now != there and not automatic and not path.startswith(CHANGEABLE):
+            found.append(f"{path} ({there!r} there, {now!r} now)")
+    return found

@@ -1,8 +1,12 @@
 """What goes wrong, and the exit code that says so: 0 done, 1 failed, 2 wrong input, 75 stopped after saving."""
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
+
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+INTERRUPTED = 130  # as a shell says it of SIGINT
 
 
 class UserError(Exception):
@@ -39,9 +43,30 @@ def run(command: Callable[[list[str]], None]) -> None:
     arguments = sys.argv[1:]
     try:
         command(arguments)
-    except (UserError, RunError, Stopped) as error:
-        if "--debug" in arguments:
+    except KeyboardInterrupt:
+        print("stopped: interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        known = expected(error)
+        if known is None or "--debug" in arguments:
             raise
-        label = "stopped" if isinstance(error, Stopped) else "error"
-        print(f"{label}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        label = "stopped" if isinstance(known, Stopped) else "error"
+        print(f"{label}: {' '.join(str(known).split())}", file=sys.stderr, flush=True)
+        sys.exit(known.exit_code)
+
+
+def expected(error: Exception) -> UserError | RunError | Stopped | None:
+    """What the user is told of `error`; None where it is a bug, whose traceback is wanted."""
+    if isinstance(error, UserError | RunError | Stopped):
+        return error
+    message = str(error)
+    if isinstance(error, OSError) and error.errno in DENIED:
+        return UserError(f"cannot use {error.filename}: {error.strerror}; give another folder")
+    if "No space left on device" in message:  # the system's words, also within the libraries' own errors
+        return RunError("no space left on the disk: free some and run the same command again")
+    if "RESOURCE_EXHAUSTED" in message or isinstance(error, MemoryError):  # XLA's word for device memory
+        return RunError(
+            "out of memory: lower train.batch_size, or raise optim.accumulate, or set model.remat=True or "
+            "train.dtype=bfloat16"
+        )
+    return None

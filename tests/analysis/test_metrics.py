@@ -54,4 +54,4 @@ def test_flops_of_one_block_by_hand():
 
 def test_peaks_are_known_or_not_said():
     assert metrics.peak_flops("NVIDIA H200") == 989.4e12
-    assert metrics.peak_flops("cpu") is None
+    assert metrics.peak_flops("cpu") is None and metrics.peak_flops("NVIDIA H100 PCIe") is None

@@ -29,19 +29,19 @@ def checkpoints(tmp_path):
 
 def saved(checkpoints, *steps, scores=None):
     for step in steps:
-        checkpoints.save(state_of(step), (scores or {}).get(step))
+        checkpoints.save(state_of(step), (scores or {}).get(step), 10.0 * step)
     checkpoints.finish_writing()
 
 
 @pytest.mark.parametrize("ema", [True, False])
 def test_the_whole_state_comes_back_bit_for_bit(checkpoints, ema):
     state = state_of(7, ema)
-    checkpoints.save(state, None)
+    checkpoints.save(state, None, 1.5)
     checkpoints.finish_writing()
     restored = checkpoints.restore(7, state_of(0, ema))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-    assert (restored.ema is None) == (not ema)
+    assert (restored.ema is None) == (not ema) and checkpoints.seconds(7) == 1.5
 
 
 def test_the_latest_ones_and_the_best_are_kept(checkpoints):
@@ -58,7 +58,7 @@ def test_without_scores_there_is_no_best(checkpoints):
 
 def test_a_step_is_saved_once(checkpoints):
     saved(checkpoints, 1)
-    checkpoints.save(state_of(1).replace(ema=state_of(9).ema), None)
+    checkpoints.save(state_of(1).replace(ema=state_of(9).ema), None, 0.0)
     checkpoints.finish_writing()
     assert checkpoints.restore(1, state_of(0)).ema["head"]["kernel"][0, 0] == 1.5
 

@@ -66,7 +66,7 @@ def test_warm_up_is_a_tenth_of_the_run_at_most_and_says_so():
 
 def test_a_preset_fills_what_is_unset_and_a_set_field_wins():
     config = config_of(model__preset="Ti/4", model__depth=3)
-    resolved = setup.resolve(config, split_of(), mesh.make_mesh(1))
+    resolved = setup.resolve_data(setup.resolve_model(config), split_of(), mesh.make_mesh(1))
     model = resolved.model
     assert (model.patch_size, model.width, model.depth, model.num_heads, model.mlp_dim) == (4, 192, 3, 3, 768)
     assert resolved.data.image_size == 8 and resolved.data.mean == (0.4,) * 3
@@ -83,7 +83,22 @@ def test_a_preset_fills_what_is_unset_and_a_set_field_wins():
 )
 def test_what_does_not_fit_the_data(fields, split, words):
     with pytest.raises(UserError, match=words):
-        setup.resolve(config_of(**fields), split_of(**split), mesh.make_mesh(1))
+        config = setup.resolve_model(config_of(**fields))
+        setup.resolve_data(config, split_of(**split), mesh.make_mesh(1))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"model__width": 66, "model__position_embedding": "sincos2d", "model__num_heads": 3}, "66"),
+        ({"model__patch_size": 6, "model__stem": "conv", "data__image_size": 12}, "6"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_before_anything_is_written(fields, words):
+    config = setup.resolve_model(config_of(model__preset="Ti/4", **fields))
+    config = setup.resolve_data(config, split_of(), mesh.make_mesh(1))
+    with pytest.raises(UserError, match=words):
+        setup.make_classifier(config, 2, mesh.make_mesh(1))
 
 
 def test_more_devices_than_there_are():

@@ -82,7 +82,7 @@ def test_steps_a_dispatch_change_nothing():
     ends = []
     for stops in ([12], [1, 2, 7, 12], list(range(1, 13))):
         state = step.init_state(task)
-        run = dispatch.Dispatcher(task, state, SPLIT, batch_size=16, steps_per_call=stops[0])
+        run = dispatch.Dispatcher(task, state, SPLIT, batch_size=16)
         first = 0
         for stop in stops:
             state, sums = run(state, first, stop)
@@ -96,13 +96,29 @@ def test_steps_a_dispatch_change_nothing():
 
 def test_a_dispatch_trains_on_the_pictures_of_its_steps(one_step):
     task = make_task()
-    run = dispatch.Dispatcher(task, step.init_state(task), SPLIT, batch_size=16, steps_per_call=0)
+    run = dispatch.Dispatcher(task, step.init_state(task), SPLIT, batch_size=16)
     state = step.init_state(task)
     for i in range(5):  # 80 pictures: two epochs of 40, with a batch across their border
         index = run._order(i, 1)[0]
         state = one_step(task, state, PICTURES[index], LABELS[index])
     dispatched, _ = run(step.init_state(task), 0, 5)
     np.testing.assert_allclose(flat(dispatched.params), flat(state.params), atol=1e-6)
+
+
+def test_a_dispatch_is_given_the_state_to_keep():
+    """Donated: the new state lies where the old one did, but for what the caller gets a copy of."""
+    task = make_task(ema_decay=0.9)
+    state = step.init_state(task)
+    run = dispatch.Dispatcher(task, state, SPLIT, batch_size=16)
+    reused = run._train_steps.memory_analysis().alias_size_in_bytes
+    assert reused >= sum(x.nbytes for x in jax.tree.leaves(state))
+    run(state, 0, 1)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def test_broken_weights_are_noticed():
+    assert step.all_finite({"a": jnp.ones(3), "b": jnp.zeros(())})
+    assert not step.all_finite({"a": jnp.array([1.0, jnp.inf]), "b": jnp.zeros(())})
 
 
 @pytest.mark.parametrize("size, batch_size", [(40, 8), (40, 16), (37, 16), (3, 16)])

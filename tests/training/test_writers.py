@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from vit_jax.errors import UserError
 from vit_jax.training import writers
 
 
@@ -36,6 +37,13 @@ def test_a_row_cut_short_by_a_crash_is_forgotten(metrics):
     with metrics.path.open("a") as file:
         file.write("6,0.25,0.1")
     assert [r["step"] for r in writers.read_metrics(metrics.path)] == [3]
+
+
+def test_a_damaged_file_is_named(metrics):
+    with metrics.path.open("a") as file:
+        file.write(",".join(["x"] * len(writers.COLUMNS)) + "\n")
+    with pytest.raises(UserError, match="metrics.csv is damaged"):
+        writers.read_metrics(metrics.path)
 
 
 def test_the_best_is_the_first_of_equals_and_by_the_average_where_there_is_one(metrics):

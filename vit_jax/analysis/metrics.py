@@ -4,14 +4,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-# Dense bfloat16 peaks in FLOP/s by a part of the device's name, from the makers' data sheets.
+# Dense bfloat16 peaks (V100: float16) in FLOP/s by the device's name, from the makers' data sheets.
 PEAK_FLOPS = {
-    "H200": 989.4e12,
-    "H100": 989.4e12,
-    "A100": 312e12,
-    "V100": 125e12,
-    "RTX 5090": 209.5e12,
-    "RTX 4090": 165.2e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "Tesla V100-SXM2-16GB": 125e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5p": 459e12,
@@ -52,5 +53,5 @@ def training_flops(
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The device's bfloat16 peak in FLOP/s; None where it is not known."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+    """The device's bfloat16 peak in FLOP/s, to which MFU refers whatever a run computes in; None where not known."""
+    return PEAK_FLOPS.get(device_kind)

@@ -1,11 +1,12 @@
-"""A whole split on the devices, and the order in which training reads it."""
+"""The order in which training reads a resident split, and the padding with which evaluation does."""
 
 import numpy as np
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of epoch `epoch`: a permutation of range(size), int32 [N], fixed by seed and epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(size).astype(np.int32)
+    stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+    return stream.permutation(size).astype(np.int32)  # RandomState: NumPy keeps its streams for ever
 
 
 class BatchIndices:
@@ -24,13 +25,11 @@ class BatchIndices:
         start, stop = first_step * self.batch_size, (first_step + count) * self.batch_size
         first, last = start // self.size, (stop - 1) // self.size
         known = self._orders
-        self._orders = {e: known[e] if e in known else self._order(e) for e in range(first, last + 1)}
+        new = range(first, last + 1)
+        self._orders = {e: known[e] if e in known else epoch_order(self.seed, e, self.size) for e in new}
         run = np.concatenate(list(self._orders.values()))
         offset = first * self.size
         return run[start - offset : stop - offset].reshape(count, self.batch_size)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.seed, epoch, self.size)
 
 
 def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -71,7 +71,7 @@ class SelfAttention(nn.Module):
         if self.qk_norm:  # Dehghani et al. 2023 (arXiv 2302.05442): keeps the scores small however long training runs
             norm = functools.partial(nn.LayerNorm, epsilon=self.norm_epsilon, use_bias=False, dtype=self.dtype)
             q, k = norm(name="query_ln")(q), norm(name="key_ln")(k)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q / math.sqrt(heads[1]), k).astype(jnp.float32)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q / math.sqrt(heads[1]), k, preferred_element_type=jnp.float32)
         # Softmax, its division put off until after the product with v: that divides Dh numbers a query, not N.
         exps = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))  # [B, H, N, N]
         total = exps.sum(axis=-1, keepdims=True)  # [B, H, N, 1]

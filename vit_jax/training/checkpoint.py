@@ -1,8 +1,8 @@
 """Checkpoints: orbax's CheckpointManager, a folder a step with params, ema, optimizer and progress in it."""
 
+import hashlib
 import json
 import pathlib
-import zlib
 from typing import Any
 
 import jax
@@ -47,23 +47,35 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
+    def seconds(self, step: int) -> float:
+        """What training took up to `step`."""
+        return (self._manager.metrics(step) or {}).get("seconds", 0.0)
+
     def best_step(self) -> int | None:
         """The step with the highest score, the first of equals; None where no checkpoint has one."""
         metrics = [found for step in self.steps() if (found := self._manager.metrics(step))]
         scored = [m for m in metrics if m["score"] is not None]
         return max(scored, key=_rank)["step"] if scored else None
 
-    def save(self, state: TrainState, score: float | None) -> None:
-        """Starts writing `state` under its step; a step that is there already stays as it is."""
+    def save(self, state: TrainState, score: float | None, seconds: float) -> None:
+        """Starts writing `state` under its step; a step that is there already stays as it is.
+
+        `seconds` is what training took so far; being a measurement, it is kept beside the state and not in it.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         self.finish_writing()
+        metrics = {"score": score, "step": step, "seconds": seconds}
         items = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items()}
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics={"score": score, "step": step})
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`, with the shapes and shardings of `like`. Raises UserError where it cannot be read."""
+        """The state of `step`, with the shapes and shardings of `like`, a state of arrays or of their shapes.
+
+        Raises:
+          UserError: it cannot be read.
+        """
         items = self._restore(step, _items(like))
         progress = items["progress"]
         return TrainState(progress["step"], items["params"], items.get("ema"), items["optimizer"], progress["sums"])
@@ -100,7 +112,7 @@ class Checkpoints:
         self._manager.close()
 
     def _check_files(self, step: int) -> None:
-        """Raises UserError where a file is not as it was written; none are known where the writer was killed too soon."""
+        """Raises UserError where a file is not as it was written, unless its writer was killed before it said how."""
         folder = self.folder / str(step)
         try:
             expected = json.loads((folder / CHECKSUMS).read_text())
@@ -137,9 +149,14 @@ class Checkpoints:
         )
 
 
-def _checksums(folder: pathlib.Path) -> dict[str, int]:
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-    return {str(p.relative_to(folder)): zlib.crc32(p.read_bytes()) for p in files}
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _rank(metrics: dict[str, Any]) -> tuple[float, int]:
@@ -157,7 +174,7 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items | ({} if state.ema is None else {"ema": state.ema})
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 

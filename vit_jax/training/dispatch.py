@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.data.load import Split
 from vit_jax.data.resident import BatchIndices, padded
 from vit_jax.training import mesh as meshes
-from vit_jax.training.step import TABLE_STEPS, Classifier, Task, TrainState, make_evaluate, make_train_steps
+from vit_jax.training.step import TABLE_STEPS, Classifier, Task, TrainState, copy, make_evaluate, make_train_steps
 
 SECONDS_PER_CALL = 2.0
 
@@ -23,11 +22,11 @@ class Dispatcher:
       compile_seconds: what compiling took, or reading the program from the compilation cache.
     """
 
-    def __init__(self, task: Task, state: TrainState, train: Split, batch_size: int, steps_per_call: int):
+    def __init__(self, task: Task, state: TrainState, train: Split, batch_size: int):
         mesh = task.classifier.mesh
         self._order = BatchIndices(task.seed, len(train.labels), batch_size)
         self._pictures = meshes.place((train.images, train.labels), mesh)
-        self._table = np.zeros((max(TABLE_STEPS, steps_per_call), batch_size), np.int32)
+        self._table = np.zeros((TABLE_STEPS, batch_size), np.int32)
         started = time.monotonic()
         lowered = make_train_steps(task).lower(state, *self._pictures, self._table, np.int32(0))
         self._train_steps = lowered.compile()
@@ -40,12 +39,12 @@ class Dispatcher:
         return self._train_steps(state, *self._pictures, table, np.int32(stop - first))
 
     def choose_steps_per_call(self, state: TrainState, step: int) -> int:
-        """How many steps take about two seconds here, measured on a copy of the state."""
+        """How many steps take about two seconds here, TABLE_STEPS at most; measured on a copy of the state."""
 
         def seconds(count: int) -> float:
-            copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            given_away = jax.block_until_ready(copy(state))
             started = time.monotonic()
-            jax.block_until_ready(self(copy, step, step + count))
+            jax.block_until_ready(self(given_away, step, step + count))
             return time.monotonic() - started
 
         seconds(1)  # the first one is slower

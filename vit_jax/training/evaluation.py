@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from vit_jax.analysis import metrics
+from vit_jax.analysis.metrics import calibration_error, summarize
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup
 from vit_jax.training import workdir as runs
@@ -35,8 +35,8 @@ def evaluate(
     splits = setup.load_data(config)
     split = splits.reported
     results = make_evaluator(classifier, split, setup.part_size(config))(params)
-    return metrics.summarize(results) | {
-        "ece": metrics.calibration_error(results["confidence"], results["correct"]),
+    return summarize(results) | {
+        "ece": calibration_error(results["confidence"], results["correct"]),
         "examples": len(split.labels),
         "checkpoint_step": step,
         "weights": kind,

@@ -5,18 +5,18 @@ import dataclasses
 import math
 import pathlib
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vit_jax.analysis import metrics as analysis
 from vit_jax.analysis import plots
+from vit_jax.analysis.metrics import peak_flops, summarize, training_flops
 from vit_jax.data.load import Splits
 from vit_jax.errors import RunError, Stopped
 from vit_jax.training import mesh as meshes
@@ -25,7 +25,7 @@ from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.dispatch import Dispatcher, make_evaluator
 from vit_jax.training.setup import Plan
-from vit_jax.training.step import Classifier, Task, TrainState, init_state, zero_sums
+from vit_jax.training.step import Classifier, Task, TrainState, abstract_state, all_finite, copy, init_state, zero_sums
 from vit_jax.training.writers import Metrics, Progress, Row, best_row, score, write_json
 
 
@@ -61,26 +61,27 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
       RunError: the loss is not finite.
       Stopped: a signal came; the run was saved.
     """
-    meshes.enable_compilation_cache()
-    mesh = meshes.make_mesh(config.mesh.data)
-    splits = setup.load_data(config)
-    config = runs.same_run(setup.resolve(config, splits.train, mesh), workdir)
+    config = runs.same_run(setup.resolve_model(config), workdir)
     if (summary := runs.read_summary(workdir)) is not None:
         print(f"the run in {workdir} is finished: nothing to do")
         return summary
+    meshes.enable_compilation_cache()
+    mesh = meshes.make_mesh(config.mesh.data)
+    splits = setup.load_data(config)
+    config = runs.same_run(setup.resolve_data(config, splits.train, mesh), workdir)
     plan, notes = setup.make_plan(config, len(splits.train.labels))
     classifier = setup.make_classifier(config, len(splits.train.class_names), mesh)
     task, schedule = setup.make_task(config, classifier, plan)
-    initial = _initial_weights(config, classifier)
+    initial = None if runs.has_checkpoints(workdir) else _initial_weights(config, classifier)
 
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    state = _first_state(task, checkpoints, initial)
+    state, seconds = _first_state(task, checkpoints, initial)
     step = int(state.step)
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     print(f"{plan.total} steps of {config.train.batch_size} in {workdir}; {setup.protocol(config, splits)}")
     print("\n".join(notes + [f"going on from step {step}" if step else "from new weights"]), flush=True)
 
-    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size, config.train.steps_per_call)
+    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size)
     if not config.train.steps_per_call:
         config.train.steps_per_call = dispatch.choose_steps_per_call(state, step)
     runs.write_config(workdir, config, splits.train.class_names)
@@ -90,17 +91,16 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     metrics = Metrics(workdir, step)
     run = Run(config, workdir, splits, plan, classifier, schedule, dispatch, evaluate, checkpoints, metrics)
     with contextlib.closing(checkpoints), contextlib.closing(metrics):
-        state, seconds = _run_steps(run, state)
-        checkpoints.save(state, None)
+        state, seconds = _run_steps(run, state, seconds)
     return _summarize(run, state, seconds)
 
 
-def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
-    """From the state's step to the end of the run; gives the last state and the seconds of training so far."""
+def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState, float]:
+    """From the state's step, reached in `seconds`, to the end of the run; gives the last state and its seconds."""
     config, plan, metrics = run.config, run.plan, run.metrics
     step, batch_size = int(state.step), config.train.batch_size
     sums = jax.device_get(state.sums)  # the state itself is given away
-    clock = Clock(metrics.rows[-1]["seconds"] if metrics.rows else 0.0)
+    clock = Clock(seconds)
     progress = Progress(step, plan.total, batch_size)
     with caught_signals() as signals, contextlib.closing(progress):
         while step < plan.total and not metrics.patience_is_over(config.train.patience):
@@ -124,11 +124,13 @@ def _run_steps(run: Run, state: TrainState) -> tuple[TrainState, float]:
                 sums = jax.device_get(state.sums)
             best = run.selects and evaluated and best_row(metrics.rows)["step"] == step
             if signals or best or step in plan.checkpoints:
-                run.checkpoints.save(state, score(metrics.rows[-1]) if run.selects and evaluated else None)
+                _check_finite(state, step)
+                run.checkpoints.save(state, score(row) if run.selects and evaluated else None, clock.seconds)
             if signals and step < plan.total:
                 _draw_curves(run)
                 raise Stopped(f"saved step {step} of {plan.total} in {run.workdir}; the same command goes on")
             clock.start()
+        run.checkpoints.save(state, None, clock.seconds)  # where patience ended the run before its last step
     return state, clock.seconds
 
 
@@ -142,16 +144,15 @@ def _initial_weights(config: ConfigDict, classifier: Classifier) -> Any:
     return runs.load_weights(pathlib.Path(config.init.checkpoint).expanduser(), classifier)[0]
 
 
-def _first_state(task: Task, checkpoints: Checkpoints, initial: Any) -> TrainState:
-    """The last checkpoint's state; where there is none, a new one, with the `initial` weights if given."""
-    state = init_state(task)
+def _first_state(task: Task, checkpoints: Checkpoints, initial: Any) -> tuple[TrainState, float]:
+    """The last checkpoint's state and its seconds; where there is none, a new one, with `initial` weights if given."""
     latest = checkpoints.latest_step()
     if latest is not None:
-        return checkpoints.restore(latest, state)
-    if initial is None:
-        return state
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, initial)
-    return dataclasses.replace(state, params=initial, ema=ema)
+        return checkpoints.restore(latest, abstract_state(task)), checkpoints.seconds(latest)
+    state = init_state(task)
+    if initial is not None:
+        state = dataclasses.replace(state, params=initial, ema=copy(initial) if task.ema_decay else None)
+    return state, 0.0
 
 
 # A row of metrics.csv
@@ -161,11 +162,21 @@ def _finite_loss(sums: dict[str, jax.Array], step: int) -> float | None:
     """The mean training loss since the last evaluation, None where no step came; RunError where it is not finite."""
     loss, examples = float(sums["loss"]), float(sums["examples"])
     if not math.isfinite(loss):
-        raise RunError(
-            f"the training loss is {loss} by step {step}; the last checkpoint is kept; "
-            "lower optim.learning_rate or set optim.clip_norm, in a new --workdir"
-        )
+        raise _diverged("training loss is", step)
     return loss / examples if examples else None
+
+
+def _check_finite(state: TrainState, step: int) -> None:
+    """Raises RunError where the last update broke the weights: the loss shows that a step later."""
+    if not all_finite(state.params):
+        raise _diverged("weights are", step)
+
+
+def _diverged(what: str, step: int) -> RunError:
+    return RunError(
+        f"the {what} not finite by step {step}; the checkpoint before is kept; lower optim.learning_rate or set "
+        "optim.clip_norm, in a new --workdir"
+    )
 
 
 def _row(run: Run, step: int, sums: dict[str, jax.Array]) -> Row:
@@ -180,8 +191,8 @@ def _row(run: Run, step: int, sums: dict[str, jax.Array]) -> Row:
 
 
 def _validate(run: Run, state: TrainState) -> Row:
-    raw = analysis.summarize(run.evaluate(state.params))
-    ema = None if state.ema is None else analysis.summarize(run.evaluate(state.ema))["accuracy"]
+    raw = summarize(run.evaluate(state.params))
+    ema = None if state.ema is None else summarize(run.evaluate(state.ema))["accuracy"]
     return {
         "val_loss": raw["loss"],
         "val_accuracy": raw["accuracy"],
@@ -231,11 +242,11 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
     evaluate = run.evaluate
     if run.splits.reported is not run.splits.watched:
         evaluate = make_evaluator(run.classifier, run.splits.reported, setup.part_size(run.config))
-    test = analysis.summarize(evaluate(state.params if state.ema is None else state.ema))
+    test = summarize(evaluate(state.params if state.ema is None else state.ema))
     best = best_row(run.metrics.rows) if run.selects else None
-    speed = float(np.median([row["images_per_second"] for row in run.metrics.rows]))
+    speed = statistics.median(row["images_per_second"] for row in run.metrics.rows)
     device, devices = jax.devices()[0].device_kind, run.classifier.mesh.size
-    peak = analysis.peak_flops(device)
+    peak = peak_flops(device)
     summary = {
         "test_accuracy": test["accuracy"],
         "test_accuracy_top5": test["accuracy_top5"],
@@ -266,7 +277,7 @@ def _draw_curves(run: Run) -> None:
 def _training_flops(classifier: Classifier) -> float:
     model = classifier.model
     patches = (classifier.image_size // model.patch_size) ** 2
-    return analysis.training_flops(
+    return training_flops(
         tokens=patches + (model.pool == "cls"),
         patches=patches,
         channels=len(classifier.mean),

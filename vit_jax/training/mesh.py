@@ -44,6 +44,11 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def with_sharding(shapes: Any, mesh: Mesh) -> Any:
+    """The tree of `jax.ShapeDtypeStruct` with the sharding that its arrays shall have."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
+
+
 def place(tree: Any, mesh: Mesh) -> Any:
     """Puts host arrays on the devices, replicated."""
     return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))

@@ -45,11 +45,11 @@ def load_data(config: ConfigDict) -> Splits:
     )
 
 
-def resolve(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
-    """A copy of the config in which all that was left automatic is filled in, but for `train.steps_per_call`.
+def resolve_model(config: ConfigDict) -> ConfigDict:
+    """A copy of the config in which the preset has filled the model's unset fields.
 
     Raises:
-      UserError: the config does not fit the data or the devices.
+      UserError: the preset is unknown, or a field stays unset.
     """
     config = config.copy_and_resolve_references()
     shape = preset(config.model.preset) if config.model.preset else {}
@@ -58,6 +58,16 @@ def resolve(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
             if name not in shape:
                 raise UserError(f"model.{name} is not set: set it, or model.preset")
             config.model[name] = shape[name]
+    return config
+
+
+def resolve_data(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
+    """A copy of the config in which the data has filled what was left automatic, but for `train.steps_per_call`.
+
+    Raises:
+      UserError: the config does not fit the data or the devices.
+    """
+    config = config.copy_and_resolve_references()
     height, width, channels = train.images.shape[1:]
     if config.data.image_size is None:
         if height != width:
@@ -84,8 +94,8 @@ def make_plan(config: ConfigDict, examples: int) -> tuple[Plan, list[str]]:
         return round(epochs * examples / train.batch_size)
 
     def every(epochs: float, total: int) -> frozenset[int]:
-        count = int(total / (epochs * examples / train.batch_size)) + 1
-        return frozenset(s for i in range(1, count + 1) if 0 < (s := steps(i * epochs)) < total) | {total}
+        interval = max(epochs * examples / train.batch_size, 1.0)
+        return frozenset(round(i * interval) for i in range(1, int(total / interval) + 1)) | {total}
 
     total = train.steps if train.steps is not None else max(steps(train.epochs), 1)
     notes = []
@@ -107,10 +117,11 @@ def part_size(config: ConfigDict) -> int:
 
 
 def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classifier:
-    """The model of a resolved config with its input's size and statistics."""
+    """The model of a resolved config with its input's size and statistics; UserError where they do not fit."""
     fields = {name: value for name, value in config.model.items() if name != "preset"}
     model = VisionTransformer(num_classes=num_classes, dtype=jnp.dtype(config.train.dtype), **fields)
     data = config.data
+    model.check(data.image_size, data.image_size)
     return Classifier(model, data.image_size, tuple(data.mean), tuple(data.std), mesh)
 
 

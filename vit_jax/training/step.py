@@ -16,8 +16,8 @@ from vit_jax.augment import ops
 from vit_jax.training import mesh as meshes
 from vit_jax.training import optim
 
-# Programs are compiled for index tables of this many steps (or more where a dispatch has more), whatever the number
-# of steps in a dispatch: the same program runs them all, so `steps_per_call` cannot change a result.
+# Most steps of a dispatch. Programs are compiled for index tables of this many steps, however many of them a dispatch
+# makes: the same program runs them all, so `steps_per_call` cannot change a result.
 TABLE_STEPS = 512
 
 
@@ -92,16 +92,32 @@ def zero_sums() -> dict[str, jax.Array]:
     return {name: jnp.zeros((), jnp.float32) for name in ("loss", "correct", "examples")}
 
 
+def new_state(task: Task) -> TrainState:
+    """The state before the first step, a function of the seed alone."""
+    params = task.classifier.init(task.seed)
+    ema = jax.tree.map(jnp.copy, params) if task.ema_decay else None
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, task.optimizer.init(params), zero_sums())
+
+
+def abstract_state(task: Task) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without its arrays."""
+    return meshes.with_sharding(jax.eval_shape(lambda: new_state(task)), task.classifier.mesh)
+
+
 def init_state(task: Task) -> TrainState:
-    """The state before the first step, a function of the seed alone, made where it will lie."""
+    """The state before the first step, made where it will lie."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(task))
+    return jax.jit(lambda: new_state(task), out_shardings=shardings)()
 
-    def init():
-        params = task.classifier.init(task.seed)
-        ema = jax.tree.map(jnp.copy, params) if task.ema_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), params, ema, task.optimizer.init(params), zero_sums())
 
-    shardings = jax.tree.map(lambda _: meshes.replicated(task.classifier.mesh), jax.eval_shape(init))
-    return jax.jit(init, out_shardings=shardings)()
+@jax.jit
+def all_finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
+
+
+@jax.jit
+def copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def augment(key: jax.Array, images: jax.Array, size: int, how: Augmentation) -> jax.Array:
@@ -138,7 +154,8 @@ def train_step(task: Task, state: TrainState, images: jax.Array, labels: jax.Arr
         return jax.tree.map(jnp.add, total, (loss, correct, gradients)), None
 
     parts = task.accumulate
-    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), (images, labels, targets))
+    # Every device keeps its own examples: a part takes each `parts`-th of them.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (images, labels, targets))
     split = lax.with_sharding_constraint(split, meshes.part_sharded(task.classifier.mesh))
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
     (loss, correct, gradients), _ = lax.scan(add_part, zeros, (jnp.arange(parts), *split))

@@ -38,23 +38,34 @@ def read_config(workdir: pathlib.Path) -> tuple[ConfigDict, tuple[str, ...]]:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    folder = workdir / "checkpoints"
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+
+
 def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
     """What a finished run reported; None where it is not finished."""
     path = workdir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and the run measures its end again") from error
 
 
 def same_run(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
-    """The resolved config to run in `workdir`: as given where it is new, with the automatic choices made there else.
+    """The config to run in `workdir`: as given where it is new, with the `steps_per_call` chosen there else.
 
     Raises:
       UserError: another config has been run there; the fields that differ are named.
     """
     if not (workdir / "config.json").exists():
-        if (workdir / "checkpoints").exists() and any((workdir / "checkpoints").iterdir()):
+        if has_checkpoints(workdir):
             raise UserError(f"{workdir} has checkpoints but no config.json: give another --workdir")
         return config
     stored, _ = read_config(workdir)
+    config = config.copy_and_resolve_references()
     if config.train.steps_per_call == 0:
         config.train.steps_per_call = stored.train.steps_per_call
     differing = differences(config, stored)
@@ -80,9 +91,7 @@ def load_weights(
     weights = weights or ("ema" if config.ema.decay else "raw")
     if weights == "ema" and not config.ema.decay:
         raise UserError(f"the run in {workdir} keeps no average (ema.decay=0): use --weights raw")
-    sharding = meshes.replicated(classifier.mesh)
-    shapes = jax.eval_shape(lambda: classifier.init(0))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    like = meshes.with_sharding(jax.eval_shape(lambda: classifier.init(0)), classifier.mesh)
     checkpoints = Checkpoints(workdir, read_only=True)
     step = _choose(checkpoints, checkpoint, workdir)
     params = checkpoints.restore_weights(step, "ema" if weights == "ema" else "params", like)
@@ -101,6 +110,6 @@ def _choose(checkpoints: Checkpoints, which: str, workdir: pathlib.Path) -> int:
         if best is None:
             raise UserError(f"the run in {workdir} has no best checkpoint: it held no pictures out (data.holdout=0)")
         return best
-    if not which.isdigit() or int(which) not in steps:
+    if not (which.isascii() and which.isdigit()) or int(which) not in steps:
         raise UserError(f"no checkpoint {which!r} in {workdir}: there are last, best and {', '.join(map(str, steps))}")
     return int(which)

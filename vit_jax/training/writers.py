@@ -12,6 +12,8 @@ from typing import Any, TextIO
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from vit_jax.errors import UserError
+
 COLUMNS = (
     "step",
     "epoch",
@@ -90,7 +92,10 @@ def read_metrics(path: pathlib.Path) -> list[Row]:
     with path.open(newline="") as file:
         rows = [row for row in csv.reader(file)][1:]
     whole = [row for row in rows if len(row) == len(COLUMNS)]  # a line cut short by a crash comes again
-    return [{c: float(v) if v else None for c, v in zip(COLUMNS, row, strict=True)} for row in whole]
+    try:
+        return [{c: float(v) if v else None for c, v in zip(COLUMNS, row, strict=True)} for row in whole]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or start in another --workdir") from error
 
 
 def _cell(value: float | None) -> str:
