@@ -329,8 +329,9 @@ def test_bfloat16_computes_and_float32_stays():
         dtype = equation.outvars[0].aval.dtype
         if equation.primitive.name in ("exp", "rsqrt"):  # softmax and norms
             assert dtype == jnp.float32
-        if equation.primitive.name == "dot_general":  # only the head's is float32
-            assert dtype == (jnp.float32 if equation.outvars[0].aval.shape == (5, 7) else jnp.bfloat16)
+        if equation.primitive.name == "dot_general":  # only the head's operands are float32
+            head = equation.outvars[0].aval.shape == (5, 7)
+            assert {x.aval.dtype for x in equation.invars} == {jnp.dtype(jnp.float32 if head else jnp.bfloat16)}
 
 
 def test_remat_changes_memory_and_nothing_else():
