@@ -1,3 +1,18 @@
+"""CIFAR-10 in ten epochs with a 0.21M-parameter ViT (width 64, depth 4, patch 4; 208,074 parameters).
+
+    python -m vit_jax.main --config configs/cifar10_tinyvit.py
+    python -m vit_jax.main --config configs/cifar10_tinyvit.py:reference
+
+MEASURED
+
+`:reference` is the recipe of the published experiment "TinyViT on CIFAR-10" (its README: 60.4 % after 10 epochs). Kept:
+sizes, epochs, batch, Adam at 3e-4 without schedule or decay, no augmentation, dropout on the attention probabilities. Not
+kept: other statistics for test than for train, the choice of the epoch on test, dropout at the end of the MLP, PyTorch's
+initial weights.
+
+Our recipe has the same number of parameters: what the class token gives up, the norms of queries and keys take.
+"""
+
 from vit_jax.config import default_config, variant_error
 
 
@@ -5,7 +20,8 @@ def get_config(variant=""):
     config = default_config()
     config.data.name = "cifar10"
     config.model.update({"patch_size": 4, "width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 256})
-    config.train.epochs = 10
+    config.train.update({"epochs": 10, "eval_every": 2})
+    config.checkpoint.every = 2
     if variant == "reference":
         config.model.update({"pool": "cls", "attention_dropout": 0.1, "gelu": "exact", "norm_epsilon": 1e-5})
         config.model.head_zero_init = False
@@ -14,7 +30,7 @@ def get_config(variant=""):
     elif variant:
         raise variant_error(variant, "reference")
     else:
-        config.model.qk_norm = True
+        config.model.update({"num_heads": 2, "qk_norm": True})
         config.augment.flip = True
         config.train.update({"batch_size": 128, "label_smoothing": 0.1})
         config.optim.update({"name": "muon", "learning_rate": 1e-2, "weight_decay": 0.05, "warmup_epochs": 1})

@@ -96,8 +96,12 @@ FIELDS: dict[str, Field] = {
     "data.holdout": fraction(0.0, "fraction of train that is held out for choices, class by class"),
     "data.image_size": whole(None, "side of the model's square input, pixels; unset: the data's own"),
     "data.skip_unreadable": switch(False, "leave out a folder's unreadable pictures (they are listed), or stop"),
-    "data.mean": numbers("a mean a channel, in [0, 1]; empty: of the training pictures", lambda x: True, "numbers"),
-    "data.std": numbers("a deviation a channel; empty: of the training pictures", lambda x: x > 0, "numbers above 0"),
+    "data.mean": numbers(
+        "a mean a channel, in [0, 1]; empty: the training pictures' own; 0.5 with deviation 0.5: inputs in [-1, 1]",
+        lambda x: True,
+        "numbers",
+    ),
+    "data.std": numbers("a deviation a channel; empty: the training pictures' own", lambda x: x > 0, "numbers above 0"),
     # What training pictures go through, on the device.
     "augment.crop": choice(
         "none", "random crop of the zero-padded picture, or of a random area resized", "none", "pad", "resized"

@@ -3,7 +3,6 @@
 import pathlib
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -34,5 +33,4 @@ def curves(rows: Sequence[Mapping[str, float | None]], path: pathlib.Path, title
         axes.legend()
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.suptitle(title)
-    with matplotlib.rc_context({"savefig.dpi": 120}):
-        figure.savefig(path)
+    figure.savefig(path, dpi=120)
