@@ -20,8 +20,8 @@ def get_config(variant=""):
     config = default_config()
     config.data.name = "cifar10"
     config.model.update({"patch_size": 4, "width": 64, "depth": 4, "num_heads": 4, "mlp_dim": 256})
-    config.train.update({"epochs": 10, "eval_every": 2})
-    config.checkpoint.every = 2
+    config.train.update({"epochs": 10, "eval_every": 2.5})
+    config.checkpoint.every = 2.5
     if variant == "reference":
         config.model.update({"pool": "cls", "attention_dropout": 0.1, "gelu": "exact", "norm_epsilon": 1e-5})
         config.model.head_zero_init = False

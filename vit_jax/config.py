@@ -80,8 +80,8 @@ FIELDS: dict[str, Field] = {
         "learned", "one learned vector a token, or fixed 2-D sines and cosines", "learned", "sincos2d"
     ),
     "model.stem": choice("patch", "one convolution a patch, or stride-2 3x3 convolutions", "patch", "conv"),
-    "model.dropout": fraction(0.0, "dropout rate after the position embedding, attention and in the MLP"),
-    "model.attention_dropout": fraction(0.0, "dropout rate of the attention probabilities"),
+    "model.dropout": fraction(0.0, "dropout rate, to 1/256, after the position embedding, attention and in the MLP"),
+    "model.attention_dropout": fraction(0.0, "dropout rate, to 1/256, of the attention probabilities"),
     "model.drop_path": fraction(0.0, "stochastic depth: chance to skip the last block; linear from 0 at the first"),
     "model.gelu": choice("tanh", "GELU by its tanh approximation, or exact", "tanh", "exact"),
     "model.norm_epsilon": positive(1e-6, "epsilon of the layer norms"),

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
-from vit_jax.models.vit import EncoderBlock, SelfAttention, VisionTransformer, sincos2d
+from vit_jax.models.vit import Dropout, EncoderBlock, SelfAttention, VisionTransformer, sincos2d
 
 SMALL = dict(num_classes=7, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40)
 IMAGES = np.random.default_rng(0).normal(size=(5, 12, 8, 3))  # not square: rows and columns cannot be mixed up
@@ -361,14 +361,29 @@ def dropouts(model, params):
 
     def spy(call, args, kwargs, context):
         module = context.module
-        if isinstance(module, nn.Dropout) and context.method_name == "__call__" and not module.deterministic:
-            sites.append(("/".join(module.path[:-1]), module.rate, tuple(module.broadcast_dims)))
+        if isinstance(module, nn.Dropout | Dropout) and context.method_name == "__call__" and not module.deterministic:
+            sites.append(("/".join(module.path[:-1]), module.rate, tuple(getattr(module, "broadcast_dims", ()))))
         return call(*args, **kwargs)
 
     images = jnp.asarray(IMAGES, jnp.float32)
     with nn.intercept_methods(spy):
         jax.eval_shape(lambda key: model.apply(params, images, train=True, rngs={"dropout": key}), jax.random.key(0))
     return sites
+
+
+@pytest.mark.parametrize("rate, dropped", [(0.1, 26 / 256), (0.5, 0.5), (0.9, 230 / 256)])
+def test_dropout_drops_its_rate_and_keeps_the_mean(rate, dropped):
+    dropout = Dropout(rate, deterministic=False)
+    x = jnp.full((50, 30, 67), 3.0)  # 67: not a whole number of words of four draws
+    out = np.asarray(dropout.apply({}, x, rngs={"dropout": jax.random.key(0)}))
+    np.testing.assert_allclose(np.unique(out), [0, 3 / (1 - dropped)], rtol=1e-6)
+    assert np.mean(out == 0) == pytest.approx(dropped, abs=0.005)
+    assert np.abs(np.mean(out == 0, axis=(0, 1)) - dropped).max() < 0.06  # at the row's end as anywhere
+    neighbours = np.corrcoef((out[..., :-1] == 0).ravel(), (out[..., 1:] == 0).ravel())[0, 1]
+    assert abs(neighbours) < 0.02  # the bytes of one word are four draws
+    assert Dropout(rate, deterministic=True).apply({}, x) is x
+    half = dropout.apply({}, x.astype(jnp.bfloat16), rngs={"dropout": jax.random.key(0)})
+    assert half.dtype == jnp.bfloat16 and np.array_equal(half == 0, out == 0)
 
 
 def test_dropout_sites_and_rates():

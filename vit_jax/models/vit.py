@@ -47,6 +47,26 @@ class Affine(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros, self.out_shape, jnp.float32)
 
 
+class Dropout(nn.Module):
+    """Sets elements to 0 at `rate`, rounded to 1/256, and scales the others up, so that the mean stays.
+
+    Eight random bits an element, four times as cheap as `nn.Dropout`'s 32: on a CPU these took a fifth of the step.
+    """
+
+    rate: float
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dropped = round(256 * self.rate)
+        if self.deterministic or dropped == 0:
+            return x
+        *outer, last = x.shape
+        words = jax.random.bits(self.make_rng("dropout"), (*outer, -(-last // 4)), jnp.uint32)
+        draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*outer, -1)[..., :last]  # 0..255
+        return jnp.where(draws >= dropped, x / (1 - dropped / 256), 0).astype(x.dtype)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention (section 3.1 and appendix A of the ViT paper), [B, N, D] -> [B, N, D]."""
 
@@ -76,7 +96,7 @@ class SelfAttention(nn.Module):
         exps = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))  # [B, H, N, N]
         total = exps.sum(axis=-1, keepdims=True)  # [B, H, N, 1]
         self.sow("intermediates", "attention_weights", exps / total)  # not computed unless "intermediates" is asked for
-        exps = nn.Dropout(self.dropout, deterministic=not train)(exps.astype(self.dtype))
+        exps = Dropout(self.dropout, deterministic=not train)(exps.astype(self.dtype))
         mixed = jnp.einsum("bhqk,bkhd->bqhd", exps, v) / total.swapaxes(1, 2)  # [B, N, H, Dh]
         mixed = mixed.astype(self.dtype).reshape(batch * tokens, width)
         kernel, bias = Affine(heads, (width,), name="out")()
@@ -100,7 +120,7 @@ class Mlp(nn.Module):
             kernel_init=nn.initializers.xavier_uniform(),
             bias_init=nn.initializers.normal(1e-6),
         )
-        drop = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
+        drop = functools.partial(Dropout, self.dropout, deterministic=not train)
         hidden = nn.gelu(dense(self.mlp_dim, name="Dense_0")(x), approximate=self.gelu == "tanh")  # [B, N, M]
         return drop()(dense(x.shape[-1], name="Dense_1")(drop()(hidden)))
 
@@ -132,7 +152,7 @@ class EncoderBlock(nn.Module):
         )
         mlp = Mlp(self.mlp_dim, self.dropout, self.gelu, self.dtype, name="MlpBlock_3")
         y = attention(norm(name="LayerNorm_0")(x), train=train)
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        y = Dropout(self.dropout, deterministic=not train)(y)
         x = x + self.branch(y, "layer_scale_attention", train)
         y = mlp(norm(name="LayerNorm_2")(x), train=train)
         return x + self.branch(y, "layer_scale_mlp", train)
@@ -185,7 +205,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int], *, train: bool) -> jax.Array:
         x = PositionEmbedding(self.position_embedding, self.dtype, name="posembed_input")(x, grid)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        x = Dropout(self.dropout, deterministic=not train)(x)
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)  # early blocks matter most: linear from 0
             x = self.make_block(drop_path=rate, name=f"encoderblock_{i}")(x, train)

@@ -48,10 +48,13 @@ class Dispatcher:
             return time.monotonic() - started
 
         seconds(1)  # the first one is slower
-        count = 1
-        while (taken := seconds(count)) < SECONDS_PER_CALL / 10 and count < TABLE_STEPS:
+        one = seconds(1)  # with all that a dispatch costs besides its steps: on a CPU as much as a step
+        if one >= SECONDS_PER_CALL:
+            return 1
+        count = 2
+        while (more := seconds(count) - one) < SECONDS_PER_CALL / 10 and count < TABLE_STEPS:
             count = min(4 * count, TABLE_STEPS)
-        return int(np.clip(round(count * SECONDS_PER_CALL / taken), 1, TABLE_STEPS))
+        return int(np.clip(SECONDS_PER_CALL / (max(more, 1e-9) / (count - 1)), 1, TABLE_STEPS))
 
 
 def make_evaluator(classifier: Classifier, split: Split, batch_size: int) -> Callable[[Any], dict[str, np.ndarray]]:
