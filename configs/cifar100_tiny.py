@@ -3,10 +3,10 @@
     python -m vit_jax.main --config configs/cifar100_tiny.py
     python -m vit_jax.main --config configs/cifar100_tiny.py:reference
 
-`:reference` is the recipe of the published experiment "Tiny-ViT from scratch on CIFAR-100" (1,528,228 parameters;
-its README: 62.58 %, the best test accuracy over 200 epochs, 10 minutes on an RTX 5090). Kept: sizes, epochs, batch,
-Adam with coupled L2, warm-up and cosine, crop and flip, dropout. Not kept: the statistics of another data set, a first epoch
-at rate 0, the choice of the epoch on test, decay of biases and norms, PyTorch's initial weights.
+`:reference` is the recipe of the published experiment "Tiny-ViT from scratch on CIFAR-100" (1,528,228 parameters; its
+README: 62.58 %, the best test accuracy over 200 epochs, 10 minutes on an RTX 5090). Kept: sizes, epochs, batch, Adam
+with coupled L2, warm-up and cosine, crop and flip, dropout. Not kept: the statistics of another data set, a first
+epoch at rate 0, the choice of the epoch on test, decay of biases and norms, PyTorch's initial weights.
 
 MEASURED_REFERENCE
 
