@@ -87,6 +87,9 @@ def test_a_wrong_value_names_the_field_and_the_allowed_values(path, write):
         ("optim.accumulate=3", ["128", "accumulate=3"]),
         ("train.patience=3", ["data.holdout"]),
         ("mesh.data=0", ["mesh.data"]),
+        ("train.seed=2147483648", ["train.seed", "at most 2147483647"]),
+        ("data.mean=[[1]]", ["data.mean=[[1]]"]),
+        ("optim.clip_norm=1e999", ["optim.clip_norm"]),
         ("train.steps_per_call=513", ["train.steps_per_call", "at most 512"]),
     ],
 )
@@ -164,6 +167,13 @@ def test_variants(write):
         ("import no_such_module\n", ["line 2", "no_such_module"]),
         ("x = 1\n", ["get_config"]),
         ("def get_config():\n    return 3\n", ["ConfigDict", "int"]),
+        ("raise SystemExit(0)\n", ["line 2", "SystemExit"]),
+        (GOOD.replace("config.train.epochs = 2", "config.unlock()\n    config.train.epoch = 2"), ["epoch", "epochs"]),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'model': 3})\n",
+            ["model", "3"],
+        ),
+        ("x = 'a\\0b'\n\0", ["null"]),
     ],
 )
 def test_a_broken_config_file_is_the_users_error(body, words, write):

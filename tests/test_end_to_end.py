@@ -365,9 +365,25 @@ def test_a_damaged_workdir_is_named(finished, commands, tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(damage)
         assert f"{name}" in commands.fails("evaluate", "--workdir", tmp_path / name)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "checkpoints").write_text("hi")
+    assert "no run's folder" in commands.train(tmp_path / "taken", code=2)
     lost = tmp_path / "lost"
     (lost / "checkpoints" / "24").mkdir(parents=True)
     assert "config.json" in commands.train(lost, code=2)
+
+
+def test_a_summary_or_rows_that_are_gone_or_damaged(finished, commands, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "summary.json").write_text("{}")
+    assert "summary.json is damaged" in commands.train(run, code=2)
+    (run / "summary.json").unlink()
+    (run / "metrics.csv").unlink()
+    assert "lost the row of step 9" in commands.train(run, code=2)
+    shutil.copy(finished / "metrics.csv", run)
+    commands.train(run)
+    again, before = (json.loads((w / "summary.json").read_text()) for w in (run, finished))
+    assert again["test_loss"] == before["test_loss"] and again["train_seconds"] == before["train_seconds"]
 
 
 def test_a_corrupt_checkpoint_is_named_and_nothing_is_lost(commands, tmp_path):

@@ -33,13 +33,13 @@ class Field:
 
 
 def whole(default: int | None, meaning: str, minimum: int = 1, maximum: int = 2**31 - 1) -> Field:
-    allowed = f"a whole number of at least {minimum}" + (f" and at most {maximum}" if maximum < 2**31 - 1 else "")
+    allowed = f"a whole number of at least {minimum} and at most {maximum}"
     return Field(default, int, meaning, allowed, lambda v: minimum <= v <= maximum, optional=default is None)
 
 
-def real(default: float | None, meaning: str, minimum: float = 0.0, maximum: float = float("inf")) -> Field:
-    allowed = f"a number of at least {minimum:g}" + (f" and at most {maximum:g}" if maximum < float("inf") else "")
-    return Field(default, float, meaning, allowed, lambda v: minimum <= v <= maximum, optional=default is None)
+def real(default: float | None, meaning: str) -> Field:
+    allowed = "a number of at least 0"
+    return Field(default, float, meaning, allowed, lambda v: 0 <= v < float("inf"), optional=default is None)
 
 
 def fraction(default: float, meaning: str) -> Field:
@@ -106,7 +106,7 @@ FIELDS: dict[str, Field] = {
     "augment.crop": choice(
         "none", "random crop of the zero-padded picture, or of a random area resized", "none", "pad", "resized"
     ),
-    "augment.padding": whole(4, "zero padding on each side for crop=pad, pixels"),
+    "augment.padding": whole(4, "zero padding on each side for crop=pad, pixels", maximum=256),
     "augment.min_area": Field(
         0.08, float, "smallest area for crop=resized, fraction of the picture", "in (0, 1]", lambda v: 0 < v <= 1
     ),
@@ -211,7 +211,7 @@ def parse(argument: str, overrides: Sequence[str]) -> tuple[ConfigDict, str]:
 
 def _load_file(path: pathlib.Path, variant: str) -> ConfigDict:
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], 1)
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py") if p.is_file()], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"no config file {path}{hint}")
     spec = importlib.util.spec_from_file_location(f"vit_jax_config_{path.stem}", path)
@@ -228,8 +228,9 @@ def _load_file(path: pathlib.Path, variant: str) -> ConfigDict:
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"config file {path}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:  # a config is the user's own Python: whatever it raises is wrong input
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise UserError(f"config file {path}{where}: {error.msg}") from error
+    except (Exception, SystemExit) as error:  # a config is the user's own Python: whatever it raises is wrong input
         frames = [f for f in traceback.extract_tb(sys.exc_info()[2]) if f.filename == str(path.resolve())]
         frames = frames or [f for f in traceback.extract_tb(sys.exc_info()[2]) if f.filename == str(path)]
         where = f", line {frames[-1].lineno}" if frames else ""
@@ -266,8 +267,7 @@ def field_help() -> str:
 def _split_override(override: str) -> tuple[str, Any]:
     path, equals, value = override.removeprefix("--config.").partition("=")
     if path not in FIELDS:
-        near = difflib.get_close_matches(path, FIELDS, 1, cutoff=0.0)[0]
-        raise UserError(f"unknown config field {path!r}; the nearest is {near!r}")
+        raise _unknown(path)
     if not equals:
         raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
     return path, _parse_value(path, value)
@@ -296,6 +296,9 @@ def check(config: ConfigDict) -> None:
     Raises:
       UserError: names the first field that is wrong, its value and the allowed ones.
     """
+    for path in [f"{group}.{name}" for group, fields in config.items() for name in _names(group, fields)]:
+        if path not in FIELDS:
+            raise _unknown(path)
     for path, field in FIELDS.items():
         try:
             value = get(config, path)
@@ -321,16 +324,25 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"data.mean has {len(data.mean)} channels and data.std has {len(data.std)}")
 
 
+def _names(group: str, fields: Any) -> list[str]:
+    if not isinstance(fields, ConfigDict):
+        raise UserError(f"the config's group {group!r} must hold fields, not be {fields!r}")
+    return list(fields)
+
+
+def _unknown(path: str) -> UserError:
+    near = difflib.get_close_matches(path, FIELDS, 1, cutoff=0.0)[0]
+    return UserError(f"unknown config field {path!r}; the nearest is {near!r}")
+
+
 def _checked(path: str, field: Field, value: Any) -> Any:
     if value is None and field.optional:
         return None
     if field.kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if field.kind is tuple and isinstance(value, list | tuple):
-        if all(isinstance(x, int | float) for x in value):
-            value = tuple(float(x) for x in value)
-        else:
-            value = None
+        right = all(isinstance(x, int | float) for x in value)
+        value = tuple(float(x) for x in value) if right else list(value)
     right_type = isinstance(value, field.kind) and (field.kind is bool or not isinstance(value, bool))
     if not right_type or not field.check(value):
         raise UserError(f"{path}={value!r} is not allowed: it must be {field.allowed}")

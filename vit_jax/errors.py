@@ -5,7 +5,10 @@ import errno
 import sys
 from collections.abc import Callable
 
-DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+DENIED = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 INTERRUPTED = 130  # as a shell says it of SIGINT
 
 
@@ -61,7 +64,7 @@ def expected(error: Exception) -> UserError | RunError | Stopped | None:
         return error
     message = str(error)
     if isinstance(error, OSError) and error.errno in DENIED:
-        return UserError(f"cannot use {error.filename}: {error.strerror}; give another folder")
+        return UserError(f"cannot use {error.filename}: {error.strerror}; give another path")
     if "No space left on device" in message:  # the system's words, also within the libraries' own errors
         return RunError("no space left on the disk: free some and run the same command again")
     if "RESOURCE_EXHAUSTED" in message or isinstance(error, MemoryError):  # XLA's word for device memory

@@ -211,6 +211,14 @@ def test_a_text_file_named_jpg_is_named_and_stops(folder, tmp_path):
     assert not list((tmp_path / "data" / "vit_jax").glob("folder*"))
 
 
+def test_a_broken_link_is_an_unreadable_picture(folder, tmp_path):
+    broken = next(path for path in sorted((folder / "train").iterdir()) if path.is_dir()) / "broken.jpg"
+    broken.symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match="broken.jpg"):
+        load.load(f"folder:{folder}", "train", tmp_path / "data", image_size=8)
+    load.load(f"folder:{folder}", "train", tmp_path / "data", image_size=8, skip_unreadable=True)
+
+
 def test_unreadable_pictures_are_skipped_counted_and_listed_on_request(folder, tmp_path, capfd):
     name, bad, cut = f"folder:{folder}", folder / "train" / "a" / "bad.jpg", folder / "train" / "b" / "cut.png"
     bad.write_text("not a picture")

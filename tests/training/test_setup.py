@@ -40,6 +40,19 @@ def test_plan(fields, examples, total, evaluations, checkpoints):
     assert (plan.total, plan.evaluations, plan.checkpoints) == (total, evaluations, checkpoints)
 
 
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"train__epochs": 1e308}, "1e\\+308 epochs"),
+        ({"optim__warmup_epochs": 1e308}, "1e\\+308 epochs"),
+        ({"train__epochs": 1e7, "train__eval_every": 1e-9}, "eval_every"),
+    ],
+)
+def test_a_plan_that_would_never_end(fields, words):
+    with pytest.raises(UserError, match=words):
+        setup.make_plan(config_of(**fields), 40)
+
+
 def test_dispatches_end_on_the_same_steps_from_wherever_a_run_goes_on():
     plan = setup.Plan(50, 0, frozenset({13, 26, 39, 50}), frozenset({20, 50}))
 
@@ -99,6 +112,11 @@ def test_a_model_that_cannot_be_is_refused_before_anything_is_written(fields, wo
     config = setup.resolve_data(config, split_of(), mesh.make_mesh(1))
     with pytest.raises(UserError, match=words):
         setup.make_classifier(config, 2, mesh.make_mesh(1))
+
+
+def test_a_home_that_nobody_has():
+    with pytest.raises(UserError, match="~nobody_of_this_name/x"):
+        setup.expanded("~nobody_of_this_name/x")
 
 
 def test_more_devices_than_there_are():

@@ -9,7 +9,9 @@ from vit_jax.training import writers
 
 
 def row(step, accuracy, ema=None, **more):
-    return dict.fromkeys(writers.COLUMNS) | {"step": step, "val_accuracy": accuracy, "ema_val_accuracy": ema} | more
+    measured = {"epoch": step / 10, "images_per_second": 100.0, "seconds": 1.5 * step}
+    values = {"step": step, "val_accuracy": accuracy, "ema_val_accuracy": ema}
+    return dict.fromkeys(writers.COLUMNS) | measured | values | more
 
 
 @pytest.fixture
@@ -35,13 +37,14 @@ def test_rows_survive_a_round_trip_and_later_ones_go_on_resume(metrics, tmp_path
 def test_a_row_cut_short_by_a_crash_is_forgotten(metrics):
     metrics.add(row(3, 0.5))
     with metrics.path.open("a") as file:
-        file.write("6,0.25,0.1")
+        file.write("6,0.6,0.1,,,,0.25,,,100,1")  # of 15 seconds: all its commas are there
     assert [r["step"] for r in writers.read_metrics(metrics.path)] == [3]
 
 
-def test_a_damaged_file_is_named(metrics):
-    with metrics.path.open("a") as file:
-        file.write(",".join(["x"] * len(writers.COLUMNS)) + "\n")
+@pytest.mark.parametrize("damage", [b"x" + b",x" * 10 + b"\n", b"," * 10 + b"\n", b"\xff\xfe\n"])
+def test_a_damaged_file_is_named(metrics, damage):
+    with metrics.path.open("ab") as file:
+        file.write(damage)
     with pytest.raises(UserError, match="metrics.csv is damaged"):
         writers.read_metrics(metrics.path)
 

@@ -89,7 +89,8 @@ def load_splits(
         for indices in stratified_split(train.labels, holdout)
     )
     if not len(held.labels):
-        raise UserError(f"data.holdout {holdout} of {len(train.labels)} pictures holds none out: raise it")
+        count = len(train.labels)
+        raise UserError(f"data.holdout {holdout} of {count} pictures holds none out: raise it; a class of one has none")
     return Splits(kept, held, test)
 
 

@@ -125,7 +125,7 @@ def _folder_pictures(folder: pathlib.Path, image_size: int) -> Pictures:
                 f"no pictures in the class folder {entry.path}: add some ({', '.join(sorted(EXTENSIONS))}) or remove it"
             )
         for file in files:
-            status = file.stat()
+            status = file.stat(follow_symlinks=file.is_file())  # a broken link is a picture that cannot be read
             digest.update(
                 f"{entry.name}/{file.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
             )

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from vit_jax.analysis import plots
 from vit_jax.analysis.metrics import peak_flops, summarize, training_flops
 from vit_jax.data.load import Splits
-from vit_jax.errors import RunError, Stopped
+from vit_jax.errors import RunError, Stopped, UserError
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup
 from vit_jax.training import workdir as runs
@@ -89,6 +89,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 
     evaluate = make_evaluator(classifier, splits.watched, setup.part_size(config))
     metrics = Metrics(workdir, step)
+    if lost := plan.evaluations_until(step) - {row["step"] for row in metrics.rows}:
+        raise UserError(f"{metrics.path} has lost the row of step {min(lost)}: restore it, or give another --workdir")
     run = Run(config, workdir, splits, plan, classifier, schedule, dispatch, evaluate, checkpoints, metrics)
     with contextlib.closing(checkpoints), contextlib.closing(metrics):
         state, seconds = _run_steps(run, state, seconds)
@@ -141,7 +143,7 @@ def _initial_weights(config: ConfigDict, classifier: Classifier) -> Any:
     """The weights of `init.checkpoint`, another run's last ones (its average where it keeps one); None without."""
     if not config.init.checkpoint:
         return None
-    return runs.load_weights(pathlib.Path(config.init.checkpoint).expanduser(), classifier)[0]
+    return runs.load_weights(setup.expanded(config.init.checkpoint), classifier)[0]
 
 
 def _first_state(task: Task, checkpoints: Checkpoints, initial: Any) -> tuple[TrainState, float]:

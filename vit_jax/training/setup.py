@@ -16,6 +16,9 @@ from vit_jax.models.vit import VisionTransformer
 from vit_jax.training.optim import make_optimizer, make_schedule
 from vit_jax.training.step import Augmentation, Classifier, Task
 
+MOST_STEPS = 2**31 - 1  # the step is an int32
+MOST_EVENTS = 1_000_000  # evaluations, or checkpoints, of a run
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -26,6 +29,9 @@ class Plan:
     evaluations: frozenset[int]
     checkpoints: frozenset[int]
 
+    def evaluations_until(self, step: int) -> set[int]:
+        return {s for s in self.evaluations if s <= step}
+
     def next_stop(self, step: int, steps_per_call: int) -> int:
         """Where the dispatch that starts at `step` ends; the same steps, wherever a run was resumed."""
         stop = (step // steps_per_call + 1) * steps_per_call
@@ -33,12 +39,20 @@ class Plan:
         return next((s for s in between if s in self.evaluations or s in self.checkpoints), between[-1])
 
 
+def expanded(path: str) -> pathlib.Path:
+    """The path with ~ or ~user replaced by the home directory. Raises UserError where there is no such user."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def load_data(config: ConfigDict) -> Splits:
     """The splits that the config names, from the cache or prepared first."""
     data = config.data
     return load_splits(
         data.name,
-        data_dir=None if data.dir is None else pathlib.Path(data.dir).expanduser(),
+        data_dir=None if data.dir is None else expanded(data.dir),
         holdout=data.holdout,
         image_size=data.image_size,
         skip_unreadable=data.skip_unreadable,
@@ -91,10 +105,18 @@ def make_plan(config: ConfigDict, examples: int) -> tuple[Plan, list[str]]:
     train, optim = config.train, config.optim
 
     def steps(epochs: float) -> int:
-        return round(epochs * examples / train.batch_size)
+        count = epochs * examples / train.batch_size
+        if count > MOST_STEPS:
+            raise UserError(f"{epochs:g} epochs are {count:.3g} steps: {MOST_STEPS} are the most")
+        return round(count)
 
     def every(epochs: float, total: int) -> frozenset[int]:
         interval = max(epochs * examples / train.batch_size, 1.0)
+        if total / interval > MOST_EVENTS:
+            raise UserError(
+                f"train.eval_every or checkpoint.every={epochs:g} epochs comes {total / interval:.3g} times in a run "
+                f"of {total} steps: {MOST_EVENTS} are the most"
+            )
         return frozenset(round(i * interval) for i in range(1, int(total / interval) + 1)) | {total}
 
     total = train.steps if train.steps is not None else max(steps(train.epochs), 1)

@@ -49,9 +49,12 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        summary = json.loads(path.read_text())
+        if not {"test_accuracy", "protocol"} <= dict(summary).keys():
+            raise ValueError("it has no result")
+    except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and the run measures its end again") from error
+    return summary
 
 
 def same_run(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
@@ -60,6 +63,8 @@ def same_run(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     Raises:
       UserError: another config has been run there; the fields that differ are named.
     """
+    if workdir.exists() and not workdir.is_dir() or (workdir / "checkpoints").is_file():
+        raise UserError(f"{workdir} is no run's folder: give another --workdir")
     if not (workdir / "config.json").exists():
         if has_checkpoints(workdir):
             raise UserError(f"{workdir} has checkpoints but no config.json: give another --workdir")

@@ -27,6 +27,7 @@ COLUMNS = (
     "images_per_second",
     "seconds",
 )
+NEVER_EMPTY = ("step", "epoch", "val_accuracy", "images_per_second", "seconds")
 Row = dict[str, Any]  # a number a column, None where there is none
 
 
@@ -89,12 +90,15 @@ def read_metrics(path: pathlib.Path) -> list[Row]:
     """The rows of a metrics.csv, None where a cell is empty; none where there is no file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = [row for row in csv.reader(file)][1:]
-    whole = [row for row in rows if len(row) == len(COLUMNS)]  # a line cut short by a crash comes again
     try:
-        return [{c: float(v) if v else None for c, v in zip(COLUMNS, row, strict=True)} for row in whole]
-    except ValueError as error:
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        # What is left out was cut short by a crash, and comes again.
+        rows = [row for row in csv.reader(lines[1:]) if len(row) == len(COLUMNS)]
+        found = [{c: float(v) if v else None for c, v in zip(COLUMNS, row, strict=True)} for row in rows]
+        if any(row[c] is None for row in found for c in NEVER_EMPTY):
+            raise ValueError("an empty cell")
+        return found
+    except (ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or start in another --workdir") from error
 
 
