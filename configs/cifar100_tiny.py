@@ -8,7 +8,8 @@ README: 62.58 %, the best test accuracy over 200 epochs, 10 minutes on an RTX 50
 with coupled L2, warm-up and cosine, crop and flip, dropout. Not kept: the statistics of another data set, a first
 epoch at rate 0, the choice of the epoch on test, decay of biases and norms, PyTorch's initial weights.
 
-MEASURED_REFERENCE
+Of the reference only the beginning was run, on two cores of a Xeon (jax 0.10): the training loss, 4.61 for a guess, is
+3.80 on average over steps 104 to 178 of a run of 300; 110 images/s with the cores to itself; 2.9 GB of memory.
 
 Our recipe has the same size (1,528,132 parameters: mean pooling, normalised queries and keys). Neither has been run to
 its end yet: that wants a GPU.
