@@ -132,6 +132,7 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
                 _draw_curves(run)
                 raise Stopped(f"saved step {step} of {plan.total} in {run.workdir}; the same command goes on")
             clock.start()
+        _check_finite(state, step)
         run.checkpoints.save(state, None, clock.seconds)  # where patience ended the run before its last step
     return state, clock.seconds
 
