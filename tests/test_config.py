@@ -3,13 +3,13 @@
 import ast
 import pathlib
 import re
+import sys
 
 import pytest
 
 from vit_jax import config as configs
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training.step import Augmentation
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -37,7 +37,7 @@ def attributes_read():
 
 READ = set(attributes_read())
 # Handed on as a whole, by name, to dataclasses.
-HANDED_ON = {"model": VisionTransformer.__dataclass_fields__, "augment": Augmentation.__dataclass_fields__}
+HANDED_ON = {"model": VisionTransformer.__dataclass_fields__}
 
 
 @pytest.mark.parametrize("path", configs.FIELDS)
@@ -58,7 +58,7 @@ WRONG = {
     int: ["2.5", "zero", "True"],
     float: ["much", "nan", "True"],
     bool: ["perhaps", "1"],
-    tuple: ["red", "3"],
+    tuple: ["red", "3", "(1, None)"],
     str: [],
 }
 
@@ -90,6 +90,19 @@ def test_a_wrong_value_names_the_field_and_the_allowed_values(path, write):
         ("train.seed=2147483648", ["train.seed", "at most 2147483647"]),
         ("data.mean=[[1]]", ["data.mean=[[1]]"]),
         ("optim.clip_norm=1e999", ["optim.clip_norm"]),
+        ("augment.policy=randaug", ["'randaug'", "randaugment"]),
+        ("augment.mix_by=pixel", ["'pixel'", "batch, example"]),
+        ("augment.erasing=1.5", ["augment.erasing=1.5", "at most 1"]),
+        ("augment.mix_probability=-0.1", ["augment.mix_probability", "at least 0"]),
+        ("augment.cutmix_share=2", ["augment.cutmix_share", "at most 1"]),
+        ("augment.mix_until=1.01", ["augment.mix_until", "at most 1"]),
+        ("augment.erasing_fill=black", ["'black'", "pixel, mean"]),
+        ("augment.magnitude=31", ["augment.magnitude", "0 to 30"]),
+        ("augment.repeats=3", ["128", "augment.repeats=3"]),
+        ("augment.repeats=0", ["augment.repeats", "at least 1"]),
+        ("augment.operations=('rotate',)", ["augment.operations", "randaugment or trivialaugment", "none"]),
+        ("optim.final_learning_rate=1", ["final_learning_rate=1", "learning_rate=0.001"]),
+        ("model.stem=spt", ["'spt'", "shifted"]),
         ("train.steps_per_call=513", ["train.steps_per_call", "at most 512"]),
     ],
 )
@@ -107,6 +120,16 @@ def test_wrong_overrides(override, words, write):
         (["train.epochs=3", "train.steps=3"], ["train.epochs", "train.steps"]),
         (["train.epochs=None"], ["train.epochs", "train.steps"]),
         (["data.mean=(.5,.5)", "data.std=(.5,)"], ["2 channels", "1"]),
+        (["augment.mixup=1", "train.batch_size=1"], ["train.batch_size=1", "mix"]),
+        (["augment.cutmix=1", "train.batch_size=4", "augment.repeats=4"], ["augment.repeats=4", "mix"]),
+        (["augment.small_size=24"], ["augment.small_size=24", "crop=pad"]),
+        (["augment.small_size=24", "augment.crop=pad", "data.image_size=24"], ["small_size=24", "image_size=24"]),
+        (["augment.small_size=24", "augment.crop=pad", "model.patch_size=16"], ["small_size=24", "patch_size=16"]),
+        (
+            ["augment.small_size=24", "augment.crop=pad", "model.position_embedding=sincos2d"],
+            ["small_size=24", "sincos2d"],
+        ),
+        (["augment.policy=trivialaugment", "augment.magnitude=3"], ["augment.magnitude", "not trivialaugment"]),
     ],
 )
 def test_fields_that_do_not_go_together(overrides, words, write):
@@ -180,6 +203,14 @@ def test_a_broken_config_file_is_the_users_error(body, words, write):
     with pytest.raises(UserError) as error:
         configs.parse(write(body), [])
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_config_may_import_its_neighbour(write):
+    write(GOOD, "neighbour_of_a_config.py")
+    body = "import neighbour_of_a_config\n\ndef get_config():\n    return neighbour_of_a_config.get_config()\n"
+    before = list(sys.path)
+    assert configs.parse(write(body), [])[0].train.epochs == 2
+    assert sys.path == before
 
 
 def test_a_missing_config_file_names_the_nearest(write):

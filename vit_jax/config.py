@@ -37,6 +37,14 @@ def whole(default: int | None, meaning: str, minimum: int = 1, maximum: int = 2*
     return Field(default, int, meaning, allowed, lambda v: minimum <= v <= maximum, optional=default is None)
 
 
+def names(meaning: str) -> Field:
+    return Field((), tuple, meaning, "texts", lambda v: all(isinstance(x, str) for x in v))
+
+
+def probability(default: float, meaning: str) -> Field:
+    return Field(default, float, meaning, "a number of at least 0 and at most 1", lambda v: 0 <= v <= 1)
+
+
 def real(default: float | None, meaning: str) -> Field:
     allowed = "a number of at least 0"
     return Field(default, float, meaning, allowed, lambda v: 0 <= v < float("inf"), optional=default is None)
@@ -64,7 +72,7 @@ def switch(default: bool, meaning: str) -> Field:
 
 
 def numbers(meaning: str, check: Callable[[float], bool], allowed: str) -> Field:
-    return Field((), tuple, meaning, allowed, lambda v: all(check(x) for x in v))
+    return Field((), tuple, meaning, allowed, lambda v: all(isinstance(x, float) and check(x) for x in v))
 
 
 FIELDS: dict[str, Field] = {
@@ -75,11 +83,24 @@ FIELDS: dict[str, Field] = {
     "model.depth": whole(None, "number of encoder blocks"),
     "model.num_heads": whole(None, "attention heads; divides the width"),
     "model.mlp_dim": whole(None, "hidden width of the MLP"),
-    "model.pool": choice("gap", "what the head reads: the class token, or the mean of all tokens", "cls", "gap"),
-    "model.position_embedding": choice(
-        "learned", "one learned vector a token, or fixed 2-D sines and cosines", "learned", "sincos2d"
+    "model.pool": choice(
+        "gap", "what the head reads: the class token, the tokens' mean, or a learned mean", "cls", "gap", "seq"
     ),
-    "model.stem": choice("patch", "one convolution a patch, or stride-2 3x3 convolutions", "patch", "conv"),
+    "model.position_embedding": choice(
+        "learned",
+        "one learned vector a token, fixed 2-D sines and cosines, queries and keys turned by row and column, or none",
+        "learned",
+        "sincos2d",
+        "rotary",
+        "none",
+    ),
+    "model.stem": choice(
+        "patch",
+        "one convolution a patch, stride-2 3x3 convolutions, or patches beside their shifted selves (SPT)",
+        "patch",
+        "conv",
+        "shifted",
+    ),
     "model.dropout": fraction(0.0, "dropout rate, to 1/256, after the position embedding, attention and in the MLP"),
     "model.attention_dropout": fraction(0.0, "dropout rate, to 1/256, of the attention probabilities"),
     "model.drop_path": fraction(0.0, "stochastic depth: chance to skip the last block; linear from 0 at the first"),
@@ -87,6 +108,9 @@ FIELDS: dict[str, Field] = {
     "model.norm_epsilon": positive(1e-6, "epsilon of the layer norms"),
     "model.layer_scale": real(0.0, "initial LayerScale of each residual branch; 0: none"),
     "model.qk_norm": switch(False, "layer-normalise queries and keys, head by head"),
+    "model.learned_temperature": switch(False, "learn how sharp attention is, head by head (LSA)"),
+    "model.mask_self": switch(False, "no token attends to itself (LSA)"),
+    "model.mlp_conv": switch(False, "3x3 depthwise convolution in the MLP: a hybrid, no plain ViT"),
     "model.head_zero_init": switch(True, "start the head at zero"),
     "model.representation_size": whole(0, "width of a tanh layer before the head (pre_logits); 0: none", minimum=0),
     "model.remat": switch(False, "recompute each block's activations in the backward pass: less memory, more time"),
@@ -107,10 +131,39 @@ FIELDS: dict[str, Field] = {
         "none", "random crop of the zero-padded picture, or of a random area resized", "none", "pad", "resized"
     ),
     "augment.padding": whole(4, "zero padding on each side for crop=pad, pixels", maximum=256),
+    "augment.small_size": whole(0, "side of the crops in the first part of the run, pixels; 0: the model's", minimum=0),
+    "augment.small_until": probability(0.5, "share of the run that trains on augment.small_size"),
     "augment.min_area": Field(
         0.08, float, "smallest area for crop=resized, fraction of the picture", "in (0, 1]", lambda v: 0 < v <= 1
     ),
     "augment.flip": switch(False, "mirror left to right at random; not for digits"),
+    "augment.policy": choice(
+        "none",
+        "learned or random operations on colour and geometry",
+        "none",
+        "autoaugment_cifar10",
+        "autoaugment_svhn",
+        "autoaugment_imagenet",
+        "randaugment",
+        "trivialaugment",
+        "3augment",
+    ),
+    "augment.num_ops": whole(2, "randaugment: operations a picture, one after another", maximum=16),
+    "augment.magnitude": Field(9.0, float, "randaugment: strength", "from 0 to 30", lambda v: 0 <= v <= 30),
+    "augment.magnitude_std": Field(
+        0.0, float, "randaugment: deviation of the strength", "from 0 to 30", lambda v: 0 <= v <= 30
+    ),
+    "augment.operations": names("randaugment, trivialaugment: the operations to choose from; empty: their usual 14"),
+    "augment.crop_paste": switch(False, "blend a random box of each picture into it elsewhere"),
+    "augment.erasing": probability(0.0, "chance that a box of a picture is erased"),
+    "augment.erasing_fill": choice("pixel", "what erased boxes hold: random levels, or data.mean", "pixel", "mean"),
+    "augment.mixup": real(0.0, "alpha of mixup's Beta(alpha, alpha): two pictures blended; 0: none"),
+    "augment.cutmix": real(0.0, "alpha of CutMix's Beta(alpha, alpha): a box of another picture; 0: none"),
+    "augment.cutmix_share": probability(0.5, "where mixup and CutMix are both on: the chance of CutMix"),
+    "augment.mix_probability": probability(1.0, "chance that a batch (an example) is mixed at all"),
+    "augment.mix_by": choice("batch", "one draw for all of a batch, or one an example", "batch", "example"),
+    "augment.mix_until": probability(1.0, "share of the run after which pictures are mixed no more"),
+    "augment.repeats": whole(1, "times that a batch holds each of its pictures, augmented each time anew"),
     # The run.
     "train.batch_size": whole(128, "pictures an optimizer step, over all devices"),
     "train.epochs": positive(None, "length of the run in epochs; or set train.steps"),
@@ -133,7 +186,8 @@ FIELDS: dict[str, Field] = {
     "optim.b2": fraction(0.999, "decay of Adam's second moment (adamw, adam, and what muon leaves to AdamW)"),
     "optim.warmup_epochs": real(None, "linear warm-up from 0, epochs; or set optim.warmup_steps"),
     "optim.warmup_steps": whole(None, "linear warm-up from 0, steps; or set optim.warmup_epochs", minimum=0),
-    "optim.schedule": choice("cosine", "after warm-up: to 0, or constant", "cosine", "linear", "constant"),
+    "optim.schedule": choice("cosine", "after warm-up: to the final rate, or constant", "cosine", "linear", "constant"),
+    "optim.final_learning_rate": real(0.0, "what cosine and linear schedules end at; at most optim.learning_rate"),
     "optim.clip_norm": real(0.0, "largest global gradient norm; 0: no clipping"),
     "optim.accumulate": whole(1, "parts of a batch whose gradients are averaged, one after the other, in a step"),
     # Weights that are averaged, saved and started from.
@@ -218,6 +272,7 @@ def _load_file(path: pathlib.Path, variant: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"config file {path} is not a Python file (its name must end in .py)")
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # as for a script: a config may import its neighbours
     try:
         spec.loader.exec_module(module)
         get_config = module.get_config
@@ -236,6 +291,8 @@ def _load_file(path: pathlib.Path, variant: str) -> ConfigDict:
         where = f", line {frames[-1].lineno}" if frames else ""
         message = str(error.args[0] if error.args else error)
         raise UserError(f"config file {path}{where}: {type(error).__name__}: {message}") from error
+    finally:
+        sys.path.remove(str(path.parent))
     if not isinstance(config, ConfigDict):
         raise UserError(f"config file {path}: get_config must return a ConfigDict, not {type(config).__name__}")
     return config
@@ -318,10 +375,50 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"data.image_size={data.image_size} is not divisible by model.patch_size={model.patch_size}")
     if config.augment.flip and data.name in SYMBOLS:
         raise UserError(f"augment.flip=True would mirror the symbols of {data.name}: set augment.flip=False")
+    _check_augment(config)
+    if optim.final_learning_rate > optim.learning_rate:
+        raise UserError(
+            f"optim.final_learning_rate={optim.final_learning_rate} is above optim.learning_rate={optim.learning_rate}"
+        )
     if train.patience and not data.holdout:
         raise UserError("train.patience needs held-out pictures to watch: set data.holdout, 0.1 for example")
     if data.mean and data.std and len(data.mean) != len(data.std):
         raise UserError(f"data.mean has {len(data.mean)} channels and data.std has {len(data.std)}")
+
+
+def _check_augment(config: ConfigDict) -> None:
+    augment, batch_size = config.augment, config.train.batch_size
+    for field, policies in (
+        ("num_ops", ("randaugment",)),
+        ("magnitude", ("randaugment",)),
+        ("magnitude_std", ("randaugment",)),
+        ("operations", ("randaugment", "trivialaugment")),
+    ):
+        if augment[field] != FIELDS[f"augment.{field}"].default and augment.policy not in policies:
+            raise UserError(f"augment.{field} is for augment.policy={' or '.join(policies)}, not {augment.policy}")
+    _check_small_size(config)
+    if batch_size % augment.repeats:
+        raise UserError(f"train.batch_size={batch_size} is not divisible by augment.repeats={augment.repeats}")
+    if (augment.mixup or augment.cutmix) and batch_size // augment.repeats < 2:
+        of = f" with augment.repeats={augment.repeats}" if augment.repeats > 1 else ""
+        raise UserError(
+            f"train.batch_size={batch_size}{of} holds one example, which has no other to mix with: "
+            "set a larger one, or augment.mixup=0 and augment.cutmix=0"
+        )
+
+
+def _check_small_size(config: ConfigDict) -> None:
+    small, size, patch_size = config.augment.small_size, config.data.image_size, config.model.patch_size
+    if not small:
+        return
+    if config.augment.crop != "pad":
+        raise UserError(f"augment.small_size={small} needs augment.crop=pad, which cuts smaller crops")
+    if config.model.position_embedding == "sincos2d":
+        raise UserError(f"augment.small_size={small} does not go with the fixed table of position_embedding=sincos2d")
+    if patch_size and small % patch_size:
+        raise UserError(f"augment.small_size={small} is not divisible by model.patch_size={patch_size}")
+    if size and small >= size:
+        raise UserError(f"augment.small_size={small} is not smaller than the pictures: data.image_size={size}")
 
 
 def _names(group: str, fields: Any) -> list[str]:
@@ -338,14 +435,14 @@ def _unknown(path: str) -> UserError:
 def _checked(path: str, field: Field, value: Any) -> Any:
     if value is None and field.optional:
         return None
+    given = value
     if field.kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if field.kind is tuple and isinstance(value, list | tuple):
-        right = all(isinstance(x, int | float) for x in value)
-        value = tuple(float(x) for x in value) if right else list(value)
+        value = tuple(float(x) if isinstance(x, int) and not isinstance(x, bool) else x for x in value)
     right_type = isinstance(value, field.kind) and (field.kind is bool or not isinstance(value, bool))
     if not right_type or not field.check(value):
-        raise UserError(f"{path}={value!r} is not allowed: it must be {field.allowed}")
+        raise UserError(f"{path}={given!r} is not allowed: it must be {field.allowed}")
     return value
 
 

@@ -24,6 +24,15 @@ def test_any_cut_of_the_steps_reads_the_same():
     assert whole.dtype == np.int32
 
 
+@pytest.mark.parametrize("repeats", [1, 2, 4])
+def test_repeats_read_the_same_stream_in_smaller_bites(repeats):
+    batches = BatchIndices(0, 37, 8, repeats)(3, 20)
+    assert batches.shape == (20, 8)
+    once = batches[:, : 8 // repeats]
+    np.testing.assert_array_equal(batches, np.concatenate([once] * repeats, axis=1))
+    np.testing.assert_array_equal(once, BatchIndices(0, 37, 8 // repeats)(3, 20))
+
+
 def test_seeds_and_epochs_have_their_own_orders():
     orders = [tuple(epoch_order(seed, epoch, 50)) for seed in (0, 1) for epoch in (0, 1, 2)]
     assert len(set(orders)) == 6

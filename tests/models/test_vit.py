@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
-from vit_jax.models.vit import Dropout, EncoderBlock, SelfAttention, VisionTransformer, sincos2d
+from vit_jax.models.vit import Dropout, EncoderBlock, SelfAttention, VisionTransformer, rotate, sincos2d
 
 SMALL = dict(num_classes=7, patch_size=4, width=24, depth=2, num_heads=3, mlp_dim=40)
 IMAGES = np.random.default_rng(0).normal(size=(5, 12, 8, 3))  # not square: rows and columns cannot be mixed up
@@ -88,6 +88,20 @@ TINY_IMAGENET_NOTEBOOK = dict(patch_size=4, width=512, depth=12, num_heads=8, ml
         # The options: two scales a block; a scale for q and one for k over the head's 24 features.
         (32, CIFAR_TINY | dict(num_classes=100, layer_scale=1e-4), 1_528_228 + 6 * 2 * 192),
         (32, CIFAR_TINY | dict(num_classes=100, qk_norm=True), 1_528_228 + 6 * 2 * 24),
+        (32, CIFAR_TINY | dict(num_classes=100, learned_temperature=True), 1_528_228 + 6 * 8),
+        (32, CIFAR_TINY | dict(num_classes=100, mask_self=True), 1_528_228),
+        (32, CIFAR_TINY | dict(num_classes=100, mlp_conv=True), 1_528_228 + 6 * 9 * 256),
+        (32, CIFAR_TINY | dict(num_classes=100, pool="seq"), 1_527_844 + 193),
+        (32, CIFAR_TINY | dict(num_classes=100, position_embedding="rotary"), 1_528_228 - 65 * 192),
+        (32, CIFAR_TINY | dict(num_classes=100, position_embedding="none"), 1_528_228 - 65 * 192),
+        # Five pictures instead of one under each patch, and a norm over them.
+        (32, CIFAR_TINY | dict(num_classes=100, stem="shifted"), 1_528_228 + 4 * 48 * 192 + 2 * 5 * 48),
+        # SPT's own model (2,692,426 with its biases of q, k and v left out), so published sizes can be told apart.
+        (
+            32,
+            dict(patch_size=4, width=192, depth=9, num_heads=12, mlp_dim=384, num_classes=10),
+            2_692_426 + 9 * 3 * 192,
+        ),
     ],
 )
 def test_parameter_count(image_size, fields, expected):
@@ -131,6 +145,20 @@ def test_options_have_names_of_their_own():
     normed = set(shapes(32, **TINY_VIT, num_classes=10, qk_norm=True)) - plain
     attention = f"{block}/MultiHeadDotProductAttention_1"
     assert {f"{attention}/query_ln/scale", f"{attention}/key_ln/scale"} <= normed and len(normed) == 8
+
+
+@pytest.mark.parametrize(
+    "fields, names",
+    [
+        (dict(learned_temperature=True), {"MultiHeadDotProductAttention_1/temperature"}),
+        (dict(mlp_conv=True), {"MlpBlock_3/conv/kernel"}),
+    ],
+)
+def test_a_block_s_options_add_their_own_parameters_and_change_no_other(fields, names):
+    plain = set(shapes(32, **TINY_VIT, num_classes=10))
+    new = set(shapes(32, **TINY_VIT, num_classes=10, **fields))
+    assert new - plain == {f"Transformer/encoderblock_{i}/{name}" for i in range(4) for name in names}
+    assert plain <= new
 
 
 def initialise(model):
@@ -190,25 +218,47 @@ def reference(params, images, fields):
             q, k, v = (x @ p[name]["kernel"][:, h] + p[name]["bias"][h] for name in ("query", "key", "value"))
             if fields["qk_norm"]:
                 q, k = norm(q, p["query_ln"]), norm(k, p["key_ln"])
-            scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+            if fields["position_embedding"] == "rotary":
+                q, k = turned(q, grid), turned(k, grid)
+            temperature = p["temperature"][h] if fields["learned_temperature"] else math.sqrt(q.shape[-1])
+            scores = q @ k.swapaxes(-1, -2) / temperature
+            if fields["mask_self"]:
+                scores[:, range(len(q[0])), range(len(q[0]))] = -1e9
             weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
             heads.append(weights @ v @ p["out"]["kernel"][h])
             all_weights.append(weights)
         return sum(heads) + p["out"]["bias"], np.stack(all_weights, axis=1)
 
+    def conv(hidden, p):
+        """Token by token: each adds what lies under the kernel around it."""
+        out, cls = hidden.copy(), hidden.shape[1] - grid[0] * grid[1]
+        for row, column in np.ndindex(*grid):
+            for i, j in np.ndindex(3, 3):
+                if 0 <= row + i - 1 < grid[0] and 0 <= column + j - 1 < grid[1]:
+                    under = hidden[:, cls + (row + i - 1) * grid[1] + column + j - 1]
+                    out[:, cls + row * grid[1] + column] += p["kernel"][i, j] * under
+        return out
+
     size, (height, width) = fields["patch_size"], images.shape[1:3]
+    grid = height // size, width // size
+    if fields["stem"] == "shifted":
+        images = shifted(images, size, params["stem"]["norm"], norm)
+        size, (height, width) = 1, grid
     tokens = []
     for row in range(0, height, size):
         for column in range(0, width, size):
             patch = images[:, row : row + size, column : column + size]
             tokens.append(np.tensordot(patch, params["embedding"]["kernel"], 3) + params["embedding"]["bias"])
     x = np.stack(tokens, axis=1)
-    positions = waves(height // size, width // size, x.shape[-1])
+    positions = waves(*grid, x.shape[-1])
     if fields["pool"] == "cls":
         x = np.concatenate([np.repeat(params["cls"], len(x), axis=0), x], axis=1)
         positions = np.concatenate([np.zeros((1, x.shape[-1])), positions])
     encoder = params["Transformer"]
-    x = x + (positions if fields["position_embedding"] == "sincos2d" else encoder["posembed_input"]["pos_embedding"])
+    if fields["position_embedding"] == "sincos2d":
+        x = x + positions
+    elif fields["position_embedding"] == "learned":
+        x = x + encoder["posembed_input"]["pos_embedding"]
     weights = []
     for i in range(fields["depth"]):
         p = encoder[f"encoderblock_{i}"]
@@ -216,13 +266,46 @@ def reference(params, images, fields):
         weights.append(w)
         x = x + y * p.get("layer_scale_attention", 1)
         first, second = p["MlpBlock_3"]["Dense_0"], p["MlpBlock_3"]["Dense_1"]
-        y = gelu(norm(x, p["LayerNorm_2"]) @ first["kernel"] + first["bias"]) @ second["kernel"] + second["bias"]
+        hidden = norm(x, p["LayerNorm_2"]) @ first["kernel"] + first["bias"]
+        if fields["mlp_conv"]:
+            hidden = conv(hidden, p["MlpBlock_3"]["conv"])
+        y = gelu(hidden) @ second["kernel"] + second["bias"]
         x = x + y * p.get("layer_scale_mlp", 1)
     x = norm(x, encoder["encoder_norm"])
-    x = x[:, 0] if fields["pool"] == "cls" else x.mean(axis=1)
+    if fields["pool"] == "seq":
+        scores = np.exp(x @ params["pool"]["kernel"] + params["pool"]["bias"])
+        x = (x * scores / scores.sum(axis=1, keepdims=True)).sum(axis=1)
+    else:
+        x = x[:, 0] if fields["pool"] == "cls" else x.mean(axis=1)
     if fields["representation_size"]:
         x = np.tanh(x @ params["pre_logits"]["kernel"] + params["pre_logits"]["bias"])
     return x @ params["head"]["kernel"] + params["head"]["bias"], weights
+
+
+def turned(x, grid):
+    """Rotary embedding of queries or keys [B, N, Dh]: feature i with i + Dh / 2 is a complex number that turns."""
+    half, quarter = x.shape[-1] // 2, x.shape[-1] // 4
+    numbers = x[..., :half] + 1j * x[..., half:]
+    cls = x.shape[1] - grid[0] * grid[1]
+    for row, column in np.ndindex(*grid):
+        for i in range(quarter):
+            speed = 100 ** (-i / quarter)
+            numbers[:, cls + row * grid[1] + column, i] *= np.exp(1j * row * speed)
+            numbers[:, cls + row * grid[1] + column, quarter + i] *= np.exp(1j * column * speed)
+    return np.concatenate([numbers.real, numbers.imag], axis=-1)
+
+
+def shifted(images, size, p, norm):
+    """Each patch's own pixels and, pixel by pixel beside them, those half a patch away in four directions."""
+    rows, columns = images.shape[1] // size, images.shape[2] // size
+    out = np.zeros((len(images), rows, columns, size * size * 15))
+    for row, column, y, x in np.ndindex(rows, columns, size, size):
+        for s, (down, right) in enumerate([(0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1)]):
+            at_y, at_x = row * size + y + down * (size // 2), column * size + x + right * (size // 2)
+            if 0 <= at_y < images.shape[1] and 0 <= at_x < images.shape[2]:
+                start = (y * size + x) * 15 + 3 * s
+                out[:, row, column, start : start + 3] = images[:, at_y, at_x]
+    return norm(out, p)
 
 
 def waves(rows, columns, width):
@@ -250,6 +333,14 @@ def waves(rows, columns, width):
         dict(qk_norm=True, norm_epsilon=1e-5),
         dict(pool="gap", representation_size=16),
         dict(qk_norm=True, layer_scale=0.1, representation_size=16, position_embedding="sincos2d", remat=True),
+        dict(position_embedding="rotary"),
+        dict(position_embedding="none", pool="gap"),
+        dict(learned_temperature=True),
+        dict(mask_self=True, pool="gap"),
+        dict(mlp_conv=True),
+        dict(pool="seq", mlp_conv=True, remat=True),
+        dict(stem="shifted"),
+        dict(stem="shifted", pool="seq", position_embedding="rotary", learned_temperature=True, mask_self=True),
     ],
     ids=str,
 )
@@ -269,6 +360,29 @@ def test_forward_pass_is_the_papers(fields):
 def test_sincos_table():
     np.testing.assert_allclose(sincos2d((3, 5), 16), waves(3, 5, 16), atol=1e-6)
     assert len(np.unique(sincos2d((8, 8), 64), axis=0)) == 64  # no two places look alike
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    """The same query and key, put at all pairs of places: the product is a function of the offset between them."""
+    rng = np.random.default_rng(0)
+    rows, columns = 4, 5
+    q, k = (jnp.asarray(np.tile(rng.normal(size=8), (1, rows * columns, 1, 1)), jnp.float32) for _ in range(2))
+    products = np.einsum("qd,kd->qk", *(np.asarray(rotate(x, (rows, columns)))[0, :, 0] for x in (q, k)))
+    places = np.indices((rows, columns)).reshape(2, -1)
+    offsets = (places[:, :, None] - places[:, None, :]).reshape(2, -1).T
+    groups = {tuple(offset): products.ravel()[(offsets == offset).all(axis=1)] for offset in offsets}
+    assert len(groups) == 7 * 9
+    assert max(np.ptp(group) for group in groups.values()) < 1e-5
+    assert len(np.unique(np.round([group[0] for group in groups.values()], 4))) > 55  # and tells offsets apart
+    assert groups[(0, 0)][0] == pytest.approx(float(q[0, 0, 0] @ k[0, 0, 0]), abs=1e-5)
+
+
+def test_no_token_attends_to_itself():
+    model, params = make(mask_self=True)
+    _, state = apply(model, params, train=False, mutable=("intermediates",))
+    for weights in jax.tree.leaves(state):
+        assert not np.diagonal(weights, axis1=-2, axis2=-1).any()
+        np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=1e-6)
 
 
 def test_huge_scores_do_not_overflow():
@@ -419,14 +533,19 @@ def test_stochastic_depth_drops_examples_and_keeps_the_mean():
         norm_epsilon=1e-6,
         layer_scale=0.0,
         qk_norm=False,
+        learned_temperature=False,
+        mask_self=False,
+        rotary=False,
+        mlp_conv=False,
         dtype=jnp.float32,
     )
+    grid = (1, 3)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(4096, 3, 8)), jnp.float32)
-    params = jax.jit(lambda key: block.init(key, x, False))(jax.random.key(0))
+    params = jax.jit(lambda key: block.init(key, x, grid, False))(jax.random.key(0))
     mlp = params["params"]["MlpBlock_3"]["Dense_1"]
     mlp["kernel"], mlp["bias"] = jnp.zeros_like(mlp["kernel"]), jnp.zeros_like(mlp["bias"])  # leaves the first branch
-    whole = block.apply(params, x, False) - x
-    drawn = block.apply(params, x, True, rngs={"dropout": jax.random.key(1)}) - x
+    whole = block.apply(params, x, grid, False) - x
+    drawn = block.apply(params, x, grid, True, rngs={"dropout": jax.random.key(1)}) - x
     kept = np.abs(drawn).max(axis=(1, 2)) > 0
     np.testing.assert_allclose(drawn, np.where(kept[:, None, None], whole / (1 - rate), 0), atol=1e-5)
     assert kept.mean() == pytest.approx(1 - rate, abs=0.03)  # 4 standard deviations
@@ -447,12 +566,14 @@ def test_training_without_rates_needs_no_rng():
 
 
 def test_attention_dropout_keeps_the_mean():
-    attention = SelfAttention(num_heads=2, dropout=0.5, qk_norm=False, norm_epsilon=1e-6, dtype=jnp.float32)
+    switches = dict.fromkeys(("qk_norm", "learned_temperature", "mask_self", "rotary"), False)
+    attention = SelfAttention(num_heads=2, dropout=0.5, norm_epsilon=1e-6, dtype=jnp.float32, **switches)
+    grid = (1, 5)
     x = jax.random.normal(jax.random.key(0), (1, 5, 8))
-    params = attention.init(jax.random.key(1), x, train=False)
-    drawn = jax.jit(jax.vmap(lambda key: attention.apply(params, x, train=True, rngs={"dropout": key})))
+    params = attention.init(jax.random.key(1), x, grid, train=False)
+    drawn = jax.jit(jax.vmap(lambda key: attention.apply(params, x, grid, train=True, rngs={"dropout": key})))
     outputs = np.asarray(drawn(jax.random.split(jax.random.key(2), 4000)))
-    error = outputs.mean(axis=0) - attention.apply(params, x, train=False)
+    error = outputs.mean(axis=0) - attention.apply(params, x, grid, train=False)
     assert outputs.std(axis=0).min() > 0
     assert np.abs(error / (outputs.std(axis=0) / math.sqrt(4000))).max() < 5  # standard errors
 
@@ -469,7 +590,10 @@ def test_attention_dropout_keeps_the_mean():
         (dict(num_heads=0), r"num_heads 0: "),
         (dict(width=30, position_embedding="sincos2d"), r"width is 30: .* 28 or 32$"),
         (dict(patch_size=1, stem="conv"), r"patch_size is 1: allowed are 2, 4, 8"),
-        (dict(pool="max"), r"pool is 'max': allowed are cls, gap$"),
+        (dict(pool="max"), r"pool is 'max': allowed are cls, gap, seq$"),
+        (dict(num_heads=4, position_embedding="rotary"), r"has 6: allowed are multiples of 4: .* 1, 2, 3, 6$"),
+        (dict(patch_size=8, stem="shifted"), r"12x8|too small"),
+        (dict(patch_size=1, stem="shifted"), r"patches of 1 are too small: .* from 2 to half the image$"),
         (dict(gelu="relu"), r"gelu is 'relu': allowed are tanh, exact$"),
     ],
     ids=str,

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from vit_jax.augment.mix import Mixing
+from vit_jax.augment.policies import Policy
 from vit_jax.config import default_config
 from vit_jax.data.load import Split, Splits
 from vit_jax.errors import UserError
@@ -53,6 +55,26 @@ def test_a_plan_that_would_never_end(fields, words):
         setup.make_plan(config_of(**fields), 40)
 
 
+def test_augmentation_follows_the_config():
+    config = config_of(augment__policy="randaugment", augment__num_ops=3, augment__operations=("rotate", "color"))
+    config.augment.update({"mixup": 0.8, "cutmix": 1.0, "cutmix_share": 0.3, "mix_by": "example", "mix_until": 0.75})
+    config.augment.update({"erasing": 0.25, "erasing_fill": "mean", "mix_probability": 0.9, "crop_paste": True})
+    config.data.mean = (0.1, 0.2, 0.3)
+    how = setup.make_augmentation(config, setup.make_plan(config, 40)[0])
+    assert how.policy == Policy("randaugment", 3, 9.0, 0.0, only=("rotate", "color"))
+    assert how.mixing == Mixing(mixup=0.8, cutmix=1.0, probability=0.9, switch=0.3, per_example=True)
+    assert (how.mix_steps, how.erasing, how.erasing_fill, how.mean) == (9, 0.25, "mean", (0.1, 0.2, 0.3))
+    assert how.crop_paste
+    plain = setup.make_augmentation(config_of(), setup.Plan(12, 0, frozenset(), frozenset()))
+    assert plain.policy is None and plain.mixing is None and not plain.crop_paste and not plain.erasing
+
+
+def test_an_unknown_operation_is_named():
+    config = config_of(augment__policy="trivialaugment", augment__operations=("rotat",))
+    with pytest.raises(UserError, match="'rotat'.*'rotate'"):
+        setup.make_augmentation(config, setup.make_plan(config, 40)[0])
+
+
 def test_dispatches_end_on_the_same_steps_from_wherever_a_run_goes_on():
     plan = setup.Plan(50, 0, frozenset({13, 26, 39, 50}), frozenset({20, 50}))
 
@@ -64,6 +86,14 @@ def test_dispatches_end_on_the_same_steps_from_wherever_a_run_goes_on():
     assert whole == [8, 13, 16, 20, 24, 26, 32, 39, 40, 48, 50]
     for step in whole:
         assert list(stops(step)) == [s for s in whole if s > step]
+
+
+def test_a_dispatch_has_pictures_of_one_size():
+    config = config_of(augment__small_size=4, augment__small_until=0.45, augment__crop="pad")
+    plan, _ = setup.make_plan(config, 40)
+    assert plan.small == 5 and plan.next_stop(4, 8) == 5 and plan.next_stop(5, 8) == 8
+    assert setup.make_augmentation(config, plan).small_steps == 5
+    assert setup.make_plan(config_of(), 40)[0].small == 0
 
 
 def test_warm_up_is_a_tenth_of_the_run_at_most_and_says_so():

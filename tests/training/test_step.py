@@ -1,6 +1,7 @@
 """One training step and the evaluation: what they compute, and that nothing else changes it."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from vit_jax.augment import mix, ops, policies
 from vit_jax.data.load import Split
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import dispatch, mesh, optim, step
@@ -15,7 +17,19 @@ from vit_jax.training import dispatch, mesh, optim, step
 PICTURES = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 5, 40).astype(np.int32)
 SPLIT = Split(PICTURES, LABELS, tuple("abcde"), (0.5,) * 3, (0.25,) * 3)
-STILL = step.Augmentation("none", 1, 1.0, False)
+STILL = step.Augmentation()
+MOVED = step.Augmentation(crop="pad", padding=2, flip=True)
+MIXED = mix.Mixing(mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, per_example=False)
+EVERYTHING = step.Augmentation(
+    crop="resized",
+    min_area=0.3,
+    flip=True,
+    policy=policies.Policy("randaugment", only=("rotate", "equalize", "color")),
+    crop_paste=True,
+    erasing=0.5,
+    mixing=MIXED,
+    mix_steps=7,
+)
 
 
 def make_task(augmentation=STILL, label_smoothing=0.0, accumulate=1, ema_decay=0.0, seed=0, **model):
@@ -30,7 +44,8 @@ def make_task(augmentation=STILL, label_smoothing=0.0, accumulate=1, ema_decay=0
 
 @pytest.fixture(scope="module")
 def one_step():
-    return jax.jit(step.train_step, static_argnums=0)
+    jitted = jax.jit(step.train_step, static_argnums=(0, 1))
+    return lambda task, state, *batch: jitted(task, task.size_at(int(state.step)), state, *batch)
 
 
 def flat(tree):
@@ -60,14 +75,14 @@ def test_a_step_follows_the_gradient_of_the_smoothed_cross_entropy(one_step):
 def test_accumulated_parts_give_the_gradient_of_the_whole_batch(one_step):
     states = []
     for parts in (1, 4):
-        task = make_task(accumulate=parts, augmentation=step.Augmentation("pad", 2, 1.0, True))
+        task = make_task(accumulate=parts, augmentation=MOVED)
         states.append(one_step(task, step.init_state(task), PICTURES, LABELS))
     np.testing.assert_allclose(flat(states[0].params), flat(states[1].params), atol=1e-6)
     assert states[0].sums["correct"] == states[1].sums["correct"]
 
 
 def test_randomness_is_a_function_of_seed_and_step_alone(one_step):
-    task = make_task(augmentation=step.Augmentation("pad", 2, 1.0, True), dropout=0.3)
+    task = make_task(augmentation=MOVED, dropout=0.3)
     state = step.init_state(task)
     first, again = one_step(task, state, PICTURES, LABELS), one_step(task, state, PICTURES, LABELS)
     np.testing.assert_array_equal(flat(first.params), flat(again.params))
@@ -78,7 +93,7 @@ def test_randomness_is_a_function_of_seed_and_step_alone(one_step):
 
 
 def test_steps_a_dispatch_change_nothing():
-    task = make_task(augmentation=step.Augmentation("pad", 2, 1.0, True), dropout=0.3, ema_decay=0.9)
+    task = make_task(augmentation=EVERYTHING, dropout=0.3, ema_decay=0.9)
     ends = []
     for stops in ([12], [1, 2, 7, 12], list(range(1, 13))):
         state = step.init_state(task)
@@ -110,10 +125,102 @@ def test_a_dispatch_is_given_the_state_to_keep():
     task = make_task(ema_decay=0.9)
     state = step.init_state(task)
     run = dispatch.Dispatcher(task, state, SPLIT, batch_size=16)
-    reused = run._train_steps.memory_analysis().alias_size_in_bytes
+    reused = run._train_steps[8].memory_analysis().alias_size_in_bytes
     assert reused >= sum(x.nbytes for x in jax.tree.leaves(state))
     run(state, 0, 1)
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def test_mixed_pictures_have_mixed_targets_until_mixing_ends(one_step):
+    task = make_task(augmentation=dataclasses.replace(STILL, mixing=MIXED, mix_steps=7), label_smoothing=0.1)
+    seen = functools.partial(jax.jit(step.training_pictures, static_argnums=(0, 1)), task, 8)
+    images, targets, mixed = seen(jnp.int32(6), PICTURES, LABELS)
+    one_hot = 0.9 * np.eye(5)[LABELS] + 0.1 / 5
+    partners = np.roll(one_hot, 1, axis=0)
+    differ = LABELS != np.roll(LABELS, 1)
+    share = ((targets - partners) / (one_hot - partners + (one_hot == partners)))[differ].max(axis=1)
+    assert mixed and np.ptp(share) < 1e-5 and 0 < share[0] < 1  # by the batch
+    np.testing.assert_allclose(targets, share[0] * one_hot + (1 - share[0]) * partners, atol=1e-6)
+    assert (images != PICTURES).any()
+    images, targets, mixed = seen(jnp.int32(7), PICTURES, LABELS)
+    assert not mixed
+    np.testing.assert_array_equal(images, PICTURES)
+    np.testing.assert_allclose(targets, one_hot, atol=1e-6)
+
+
+def test_where_labels_are_mixed_there_is_no_accuracy(one_step):
+    task = make_task(augmentation=dataclasses.replace(STILL, mixing=MIXED, mix_steps=1))
+    state = step.init_state(task)
+    first = one_step(task, state, PICTURES, LABELS)
+    later = one_step(task, state.replace(step=jnp.int32(1)), PICTURES, LABELS)
+    assert np.isnan(first.sums["correct"]) and np.isfinite(first.sums["loss"])
+    assert later.sums["correct"] == one_step(make_task(), state, PICTURES, LABELS).sums["correct"]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(policy=policies.Policy("trivialaugment", only=("invert",))),
+        dict(crop_paste=True),
+        dict(erasing=1.0, erasing_fill="mean", mean=(0.0, 1.0, 0.0)),
+    ],
+    ids=str,
+)
+def test_each_kind_of_augmentation_is_used(how):
+    images = step.augment(jax.random.key(0), jnp.asarray(PICTURES), 8, 8, step.Augmentation(**how))
+    if "policy" in how:
+        np.testing.assert_array_equal(images, 255 - PICTURES)
+    elif "erasing" in how:
+        erased = (images == np.array([0, 255, 0])).all(axis=-1)
+        assert erased.any(axis=(1, 2)).all() and (images == PICTURES)[~erased].all()
+    else:
+        expected = mix.crop_paste(jax.random.split(jax.random.key(0), 5)[3], jnp.asarray(PICTURES))
+        np.testing.assert_array_equal(images, expected)
+        assert (images != PICTURES).any()
+
+
+def test_policies_work_on_the_stored_pictures_and_erasing_on_the_resized_ones():
+    """Operations cost by the pixel, so they come before pictures are enlarged; boxes are whole pixels of the input."""
+    how = step.Augmentation(policy=policies.Policy("trivialaugment", only=("equalize",)), erasing=1.0)
+    keys = jax.random.split(jax.random.key(0), 5)
+    expected = ops.resize(policies.augment(keys[2], jnp.asarray(PICTURES), how.policy), 16)
+    expected = mix.erase(keys[4], expected, 1.0, "pixel", ())
+    np.testing.assert_array_equal(step.augment(jax.random.key(0), jnp.asarray(PICTURES), 16, 16, how), expected)
+
+
+def test_small_crops_first_then_whole_pictures(one_step):
+    """One patch of 4 pixels at first, anywhere in the padded picture; then all four."""
+    small = dataclasses.replace(MOVED, padding=1, small_size=4, small_steps=3)
+    task = make_task(augmentation=small)
+    assert [task.size_at(i) for i in (0, 2, 3, 9)] == [4, 4, 8, 8]
+    seen = functools.partial(jax.jit(step.training_pictures, static_argnums=(0, 1)), task)
+    crops = np.asarray(seen(4, jnp.int32(0), PICTURES, LABELS)[0])
+    padded = np.pad(PICTURES, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (4, 4), axis=(1, 2)).transpose(0, 1, 2, 4, 5, 3)
+    windows = np.stack([windows, windows[:, :, :, :, ::-1]], axis=1)  # or mirrored
+    matches = (windows == crops[:, None, None, None]).all(axis=(4, 5, 6)).any(axis=1)  # [B, 7, 7]
+    assert matches.any(axis=(1, 2)).all() and matches.any(axis=0).sum() > 20  # anywhere
+    run = dispatch.Dispatcher(task, step.init_state(task), SPLIT, batch_size=16)
+    state, _ = run(step.init_state(task), 0, 3)
+    by_hand = step.init_state(task)
+    for i in range(3):
+        index = run._order(i, 1)[0]
+        by_hand = one_step(task, by_hand, PICTURES[index], LABELS[index])
+    np.testing.assert_allclose(flat(state.params), flat(by_hand.params), atol=1e-6)
+    state, sums = run(state, 3, 6)
+    assert float(sums["examples"]) == 96 and np.isfinite(float(sums["loss"]))
+
+
+def test_a_batch_holds_its_pictures_as_often_as_asked():
+    task = make_task()
+    run = dispatch.Dispatcher(task, step.init_state(task), SPLIT, batch_size=16, repeats=4)
+    indices = run._order(0, 10)  # an epoch of 40 pictures
+    assert indices.shape == (10, 16)
+    for batch in indices:
+        assert len(set(batch)) == 4 and (batch != np.roll(batch, 1)).all()
+    np.testing.assert_array_equal(np.sort(indices, axis=None), np.repeat(np.arange(40), 4))
+    state, sums = run(step.init_state(task), 0, 3)
+    assert float(sums["examples"]) == 48
 
 
 def test_broken_weights_are_noticed():
@@ -150,9 +257,9 @@ def test_top5_of_more_than_five_classes():
 
 
 def test_evaluation_sees_the_pictures_as_they_are(one_step):
-    """Crops and flips change training only, dropout too."""
+    """Whatever is done to pictures changes training only, dropout too."""
     still = make_task()
-    moved = make_task(augmentation=step.Augmentation("resized", 4, 0.1, True), dropout=0.5)
+    moved = make_task(augmentation=EVERYTHING, dropout=0.5)
     params = step.init_state(still).params
     results = [dispatch.make_evaluator(task.classifier, SPLIT, 8)(params) for task in (still, moved)]
     np.testing.assert_array_equal(results[0]["loss"], results[1]["loss"])

@@ -1,10 +1,13 @@
 """Pictures of a run."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 
 
 def curves(rows: Sequence[Mapping[str, float | None]], path: pathlib.Path, title: str, split: str) -> None:
@@ -34,3 +37,65 @@ def curves(rows: Sequence[Mapping[str, float | None]], path: pathlib.Path, title
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+# A contact sheet's measures, in pixels
+TILE = 160  # side of a picture, or a little less, to be a multiple of the picture's own
+GAP = 10  # between pictures
+MARGIN = 24
+LINE = 16  # of a label, or of a note
+DPI = 128  # a power of two: the sheet's size in inches gives back its whole pixels
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[tuple[np.ndarray, str]]],
+    headings: Sequence[str],
+    path: pathlib.Path,
+    title: str,
+    notes: Sequence[str],
+) -> None:
+    """Draws pictures, uint8 [h, w, 1 or 3], in rows under the columns' headings, each with its label beneath.
+
+    Small pictures are enlarged by a whole factor, so that their pixels stay what they are.
+    """
+    tiles = [[_tile(picture) for picture, _ in row] for row in rows]
+    pitch, tallest = TILE + GAP, max(len(tile) for row in tiles for tile in row)
+    lines = max(label.count("\n") + 1 for row in rows for _, label in row)
+    width = 2 * MARGIN + len(headings) * pitch - GAP
+    notes = [line for note in notes for line in textwrap.wrap(note, (width - 2 * MARGIN) // 7)]
+    top = MARGIN + (5 + len(notes)) * LINE  # of the first row
+    step = tallest + lines * LINE + 2 * GAP
+    height = top + len(rows) * step + MARGIN - GAP
+
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    canvas = np.full((height, width, 3), 255, np.uint8)
+
+    def text(x, y, words, **style):  # y: where its letters stand
+        figure.text(x / width, 1 - y / height, words, parse_math=False, **style)
+
+    text(MARGIN, MARGIN + LINE, title, fontsize=12, weight="bold")
+    for i, note in enumerate(notes):
+        text(MARGIN, MARGIN + (3 + i) * LINE, note, fontsize=7, color="0.35")
+    for column, words in enumerate(headings):
+        text(MARGIN + column * pitch + TILE / 2, top - GAP, words, fontsize=7, weight="bold", color="0.35", ha="center")
+    for i, row in enumerate(rows):
+        for column, (_, label) in enumerate(row):
+            x, y, tile = MARGIN + column * pitch, top + i * step, tiles[i][column]
+            down, right = y + (tallest - tile.shape[0]) // 2, x + (TILE - tile.shape[1]) // 2
+            canvas[down : down + tile.shape[0], right : right + tile.shape[1]] = tile
+            for n, words in enumerate(label.split("\n"), start=1):
+                text(x + TILE / 2, y + tallest + n * LINE - 2, words, fontsize=6.75, ha="center")
+    figure.figimage(canvas, zorder=-1)  # pixel for pixel: axes would resample it
+    figure.savefig(path, dpi=DPI)
+
+
+def _tile(picture: np.ndarray) -> np.ndarray:
+    """The picture enlarged by the largest whole factor that fits a tile; a large one resampled to it."""
+    picture = np.broadcast_to(picture, (*picture.shape[:2], 3))
+    factor = TILE // max(picture.shape[:2])
+    if factor >= 2:
+        return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    scaled = Image.fromarray(np.ascontiguousarray(picture))
+    scale = TILE / max(picture.shape[:2])
+    size = [max(1, round(scale * n)) for n in scaled.size]
+    return np.asarray(scaled.resize((size[0], size[1]), Image.Resampling.LANCZOS))

@@ -14,10 +14,13 @@ class BatchIndices:
 
     The epochs' permutations are laid end to end and cut into batches, so a batch may run on into the next epoch:
     over the run every picture is read equally often (within one), and no tail is dropped.
+
+    With `repeats` a batch of B reads B / repeats pictures, each as often, in as many identical stretches, so that
+    neighbours in the batch stay different pictures (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335).
     """
 
-    def __init__(self, seed: int, size: int, batch_size: int):
-        self.seed, self.size, self.batch_size = seed, size, batch_size
+    def __init__(self, seed: int, size: int, batch_size: int, repeats: int = 1):
+        self.seed, self.size, self.batch_size, self.repeats = seed, size, batch_size // repeats, repeats
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, first_step: int, count: int) -> np.ndarray:
@@ -29,7 +32,7 @@ class BatchIndices:
         self._orders = {e: known[e] if e in known else epoch_order(self.seed, e, self.size) for e in new}
         run = np.concatenate(list(self._orders.values()))
         offset = first * self.size
-        return run[start - offset : stop - offset].reshape(count, self.batch_size)
+        return np.tile(run[start - offset : stop - offset].reshape(count, self.batch_size), self.repeats)
 
 
 def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

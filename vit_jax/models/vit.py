@@ -73,11 +73,14 @@ class SelfAttention(nn.Module):
     num_heads: int
     dropout: float
     qk_norm: bool
+    learned_temperature: bool
+    mask_self: bool
+    rotary: bool
     norm_epsilon: float
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, grid: tuple[int, int], *, train: bool) -> jax.Array:
         batch, tokens, width = x.shape
         heads = (self.num_heads, width // self.num_heads)
         # Three parameters, as in the official files, but one GEMM: it is three times as wide, hence faster.
@@ -91,7 +94,15 @@ class SelfAttention(nn.Module):
         if self.qk_norm:  # Dehghani et al. 2023 (arXiv 2302.05442): keeps the scores small however long training runs
             norm = functools.partial(nn.LayerNorm, epsilon=self.norm_epsilon, use_bias=False, dtype=self.dtype)
             q, k = norm(name="query_ln")(q), norm(name="key_ln")(k)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q / math.sqrt(heads[1]), k, preferred_element_type=jnp.float32)
+        if self.rotary:
+            q, k = rotate(q, grid), rotate(k, grid)
+        temperature: jax.Array | float = math.sqrt(heads[1])
+        if self.learned_temperature:  # Lee et al. 2021 (arXiv 2112.13492, section 3.2): sharper scores, one number a head
+            init = nn.initializers.constant(temperature)
+            temperature = self.param("temperature", init, (self.num_heads,), jnp.float32)[:, None].astype(self.dtype)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q / temperature, k, preferred_element_type=jnp.float32)
+        if self.mask_self:  # the same paper: what a token knows already is not asked for again
+            scores = jnp.where(jnp.eye(tokens, dtype=bool), -jnp.inf, scores)
         # Softmax, its division put off until after the product with v: that divides Dh numbers a query, not N.
         exps = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))  # [B, H, N, N]
         total = exps.sum(axis=-1, keepdims=True)  # [B, H, N, 1]
@@ -104,16 +115,51 @@ class SelfAttention(nn.Module):
         return out.reshape(batch, tokens, width)
 
 
+def rotate(x: jax.Array, grid: tuple[int, int], base: float = 100.0) -> jax.Array:
+    """Turns queries or keys [B, N, H, Dh] by their row and column, so that scores depend on the distance alone.
+
+    Axial rotary embedding (Heo et al. 2024, arXiv 2403.13298, section 3.2): the first half of the Dh / 2 pairs turns
+    with the row, the second half with the column; a cls token before the grid's stays as it is.
+    """
+    batch, tokens, heads, size = x.shape
+    frequencies = base ** (-np.arange(size // 4) / (size // 4))  # [Dh / 4], radians a step
+    rows, columns = np.indices(grid).reshape(2, -1, 1)
+    angles = np.concatenate([rows * frequencies, columns * frequencies], axis=1)  # [rows * columns, Dh / 2]
+    angles = np.pad(angles, ((tokens - len(angles), 0), (0, 0)))[:, None]  # [N, 1, Dh / 2]
+    sine, cosine = jnp.asarray(np.sin(angles), x.dtype), jnp.asarray(np.cos(angles), x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, first * sine + second * cosine], axis=-1)
+
+
+class DepthwiseConv(nn.Module):
+    """A 3x3 convolution of each channel with itself over the grid's tokens, [B, N, M] -> [B, N, M]; cls comes out 0."""
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        batch, tokens, channels = x.shape
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=(0, 1), out_axis=())
+        kernel = self.param("kernel", init, (3, 3, channels), jnp.float32).astype(self.dtype)
+        cls = tokens - math.prod(grid)
+        y = stems.depthwise(x[:, cls:].reshape(batch, *grid, channels), kernel)
+        return jnp.pad(y.reshape(batch, tokens - cls, channels), ((0, 0), (cls, 0), (0, 0)))
+
+
 class Mlp(nn.Module):
-    """Two dense layers with a GELU between them, the same for each token, [B, N, D] -> [B, N, D]."""
+    """Two dense layers with a GELU between them, the same for each token, [B, N, D] -> [B, N, D].
+
+    With `conv` the hidden layer also sees its neighbours: then the model is a hybrid, no plain ViT.
+    """
 
     mlp_dim: int
     dropout: float
     gelu: str
+    conv: bool
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, grid: tuple[int, int], *, train: bool) -> jax.Array:
         dense = functools.partial(
             nn.Dense,
             dtype=self.dtype,
@@ -121,7 +167,10 @@ class Mlp(nn.Module):
             bias_init=nn.initializers.normal(1e-6),
         )
         drop = functools.partial(Dropout, self.dropout, deterministic=not train)
-        hidden = nn.gelu(dense(self.mlp_dim, name="Dense_0")(x), approximate=self.gelu == "tanh")  # [B, N, M]
+        hidden = dense(self.mlp_dim, name="Dense_0")(x)  # [B, N, M]
+        if self.conv:
+            hidden += DepthwiseConv(self.dtype, name="conv")(hidden, grid)
+        hidden = nn.gelu(hidden, approximate=self.gelu == "tanh")
         return drop()(dense(x.shape[-1], name="Dense_1")(drop()(hidden)))
 
 
@@ -137,24 +186,31 @@ class EncoderBlock(nn.Module):
     norm_epsilon: float
     layer_scale: float
     qk_norm: bool
+    learned_temperature: bool
+    mask_self: bool
+    rotary: bool
+    mlp_conv: bool
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, grid: tuple[int, int], train: bool) -> jax.Array:
         norm = functools.partial(nn.LayerNorm, epsilon=self.norm_epsilon, dtype=self.dtype)
         attention = SelfAttention(
             num_heads=self.num_heads,
             dropout=self.attention_dropout,
             qk_norm=self.qk_norm,
+            learned_temperature=self.learned_temperature,
+            mask_self=self.mask_self,
+            rotary=self.rotary,
             norm_epsilon=self.norm_epsilon,
             dtype=self.dtype,
             name="MultiHeadDotProductAttention_1",
         )
-        mlp = Mlp(self.mlp_dim, self.dropout, self.gelu, self.dtype, name="MlpBlock_3")
-        y = attention(norm(name="LayerNorm_0")(x), train=train)
+        mlp = Mlp(self.mlp_dim, self.dropout, self.gelu, self.mlp_conv, self.dtype, name="MlpBlock_3")
+        y = attention(norm(name="LayerNorm_0")(x), grid, train=train)
         y = Dropout(self.dropout, deterministic=not train)(y)
         x = x + self.branch(y, "layer_scale_attention", train)
-        y = mlp(norm(name="LayerNorm_2")(x), train=train)
+        y = mlp(norm(name="LayerNorm_2")(x), grid, train=train)
         return x + self.branch(y, "layer_scale_mlp", train)
 
     def branch(self, y: jax.Array, scale_name: str, train: bool) -> jax.Array:
@@ -183,6 +239,17 @@ class PositionEmbedding(nn.Module):
         return x + jnp.asarray(places, self.dtype)
 
 
+def middle_positions(params: Any, side: int, smaller: int) -> Any:
+    """The parameters for the middle `smaller` x `smaller` patches of a grid of `side` x `side`: with their positions."""
+    if smaller == side or "pos_embedding" not in params["Transformer"].get("posembed_input", {}):
+        return params
+    table = params["Transformer"]["posembed_input"]["pos_embedding"]  # [1, N, D]
+    cls, start = table.shape[1] - side**2, (side - smaller) // 2
+    grid = table[:, cls:].reshape(1, side, side, -1)[:, start : start + smaller, start : start + smaller]
+    table = jnp.concatenate([table[:, :cls], grid.reshape(1, smaller**2, -1)], axis=1)
+    return params | {"Transformer": params["Transformer"] | {"posembed_input": {"pos_embedding": table}}}
+
+
 def sincos2d(grid: tuple[int, int], width: int) -> np.ndarray:
     """Fixed embedding of a grid's rows and columns, float32 [rows * columns, width] (MoCo v3, arXiv 2104.02057)."""
     rows, columns = np.indices(grid).reshape(2, -1, 1)  # [N, 1]
@@ -204,18 +271,19 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int], *, train: bool) -> jax.Array:
-        x = PositionEmbedding(self.position_embedding, self.dtype, name="posembed_input")(x, grid)
+        if self.position_embedding in ("learned", "sincos2d"):
+            x = PositionEmbedding(self.position_embedding, self.dtype, name="posembed_input")(x, grid)
         x = Dropout(self.dropout, deterministic=not train)(x)
         for i in range(self.depth):
             rate = self.drop_path * i / max(self.depth - 1, 1)  # early blocks matter most: linear from 0
-            x = self.make_block(drop_path=rate, name=f"encoderblock_{i}")(x, train)
+            x = self.make_block(drop_path=rate, name=f"encoderblock_{i}")(x, grid, train)
         return nn.LayerNorm(epsilon=self.norm_epsilon, dtype=jnp.float32, name="encoder_norm")(x)
 
 
 CHOICES = {
-    "pool": ("cls", "gap"),
-    "position_embedding": ("learned", "sincos2d"),
-    "stem": ("patch", "conv"),
+    "pool": ("cls", "gap", "seq"),
+    "position_embedding": ("learned", "sincos2d", "rotary", "none"),
+    "stem": ("patch", "conv", "shifted"),
     "gelu": ("tanh", "exact"),
 }
 
@@ -243,6 +311,9 @@ class VisionTransformer(nn.Module):
     norm_epsilon: float = 1e-6
     layer_scale: float = 0.0  # initial value, 0: none
     qk_norm: bool = False
+    learned_temperature: bool = False  # of the attention scores, a number a head
+    mask_self: bool = False  # no token attends to itself
+    mlp_conv: bool = False  # a 3x3 depthwise convolution in the MLP: a hybrid
     head_zero_init: bool = True
     representation_size: int = 0  # features of a tanh layer before the head, 0: none
     remat: bool = False  # keep only the blocks' inputs and compute the rest again going backward: less memory, slower
@@ -254,6 +325,9 @@ class VisionTransformer(nn.Module):
         patch_size = self.patch_size
         if self.stem == "conv":
             stem = stems.ConvStem(patch_size, self.width, self.norm_epsilon, self.gelu, self.dtype, name="stem")
+            images, patch_size = stem(images), 1
+        elif self.stem == "shifted":
+            stem = stems.ShiftedPatches(patch_size, self.norm_epsilon, self.dtype, name="stem")
             images, patch_size = stem(images), 1
         x = stems.PatchEmbedding(patch_size, self.width, self.dtype, name="embedding")(images)
         batch, rows, columns, width = x.shape
@@ -272,15 +346,25 @@ class VisionTransformer(nn.Module):
             name="Transformer",
         )
         x = encoder(x, (rows, columns), train=train)  # float32 from here on
-        x = x[:, 0] if self.pool == "cls" else x.mean(axis=1)  # [B, D]
+        x = self.pooled(x)  # [B, D]
         if self.representation_size:
             x = jnp.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
         init = nn.initializers.zeros if self.head_zero_init else nn.initializers.lecun_normal()
         return nn.Dense(self.num_classes, kernel_init=init, name="head")(x)
 
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """What the head reads of the tokens, [B, N, D] -> [B, D]."""
+        if self.pool == "cls":
+            return x[:, 0]
+        if self.pool == "gap":
+            return x.mean(axis=1)
+        # Sequence pooling (Hassani et al. 2021, arXiv 2104.05704, section 3.2): a mean whose weights are learned.
+        weights = nn.softmax(nn.Dense(1, name="pool")(x), axis=1)  # [B, N, 1]
+        return (weights * x).sum(axis=1)
+
     def make_block(self) -> Callable[..., nn.Module]:
         """What the blocks have in common; a block's own are its name and its drop_path."""
-        block = nn.remat(EncoderBlock, static_argnums=(2,)) if self.remat else EncoderBlock  # 2: train
+        block = nn.remat(EncoderBlock, static_argnums=(2, 3)) if self.remat else EncoderBlock  # 2, 3: grid, train
         return functools.partial(
             block,
             num_heads=self.num_heads,
@@ -291,6 +375,10 @@ class VisionTransformer(nn.Module):
             norm_epsilon=self.norm_epsilon,
             layer_scale=self.layer_scale,
             qk_norm=self.qk_norm,
+            learned_temperature=self.learned_temperature,
+            mask_self=self.mask_self,
+            rotary=self.position_embedding == "rotary",
+            mlp_conv=self.mlp_conv,
             dtype=self.dtype,
         )
 
@@ -309,6 +397,15 @@ class VisionTransformer(nn.Module):
         if self.position_embedding == "sincos2d" and self.width % 4:
             sizes = f"allowed are multiples of 4, as {self.width // 4 * 4} or {self.width // 4 * 4 + 4}"
             raise UserError(f"position_embedding sincos2d splits the width in 4, and width is {self.width}: {sizes}")
+        if self.position_embedding == "rotary" and self.width // self.num_heads % 4:
+            size = self.width // self.num_heads
+            sizes = f"allowed are multiples of 4: set num_heads to {divisors(self.width // 4) if self.width % 4 == 0 else 1}"
+            raise UserError(f"position_embedding rotary splits a head's features in 4, and it has {size}: {sizes}")
+        if self.stem == "shifted" and (p < 2 or min(height, width) < 2 * p):
+            raise UserError(
+                f"stem shifted looks half a patch beyond each patch; images of {height}x{width} pixels in patches of {p} "
+                "are too small: allowed are patch sizes from 2 to half the image"
+            )
         if self.stem == "conv" and (p < 2 or p & (p - 1)):
             raise UserError(
                 f"stem conv halves the image log2(patch_size) times, patch_size is {p}: allowed are 2, 4, 8, ..."

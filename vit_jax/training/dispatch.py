@@ -22,21 +22,26 @@ class Dispatcher:
       compile_seconds: what compiling took, or reading the program from the compilation cache.
     """
 
-    def __init__(self, task: Task, state: TrainState, train: Split, batch_size: int):
+    def __init__(self, task: Task, state: TrainState, train: Split, batch_size: int, repeats: int = 1):
         mesh = task.classifier.mesh
-        self._order = BatchIndices(task.seed, len(train.labels), batch_size)
+        self._order = BatchIndices(task.seed, len(train.labels), batch_size, repeats)
         self._pictures = meshes.place((train.images, train.labels), mesh)
         self._table = np.zeros((TABLE_STEPS, batch_size), np.int32)
         started = time.monotonic()
-        lowered = make_train_steps(task).lower(state, *self._pictures, self._table, np.int32(0))
-        self._train_steps = lowered.compile()
+        self._size_at = task.size_at
+        sizes = {task.size_at(0), task.classifier.image_size}
+        arguments = (state, *self._pictures, self._table, np.int32(0))
+        self._train_steps = {size: make_train_steps(task, size).lower(*arguments).compile() for size in sizes}
         self.compile_seconds = time.monotonic() - started
 
     def __call__(self, state: TrainState, first: int, stop: int) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Trains from step `first` to step `stop`; gives the new state (the old one is gone) and a copy of its sums."""
+        """Trains from step `first` to step `stop`, all on pictures of one size.
+
+        Gives the new state (the old one is gone) and a copy of its sums.
+        """
         table = self._table.copy()  # the dispatch before may still read its own
         table[: stop - first] = self._order(first, stop - first)
-        return self._train_steps(state, *self._pictures, table, np.int32(stop - first))
+        return self._train_steps[self._size_at(first)](state, *self._pictures, table, np.int32(stop - first))
 
     def choose_steps_per_call(self, state: TrainState, step: int) -> int:
         """How many steps take about two seconds here, TABLE_STEPS at most; measured on a copy of the state."""

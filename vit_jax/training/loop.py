@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     print(f"{plan.total} steps of {config.train.batch_size} in {workdir}; {setup.protocol(config, splits)}")
     print("\n".join(notes + [f"going on from step {step}" if step else "from new weights"]), flush=True)
 
-    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size)
+    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size, config.augment.repeats)
     if not config.train.steps_per_call:
         config.train.steps_per_call = dispatch.choose_steps_per_call(state, step)
     runs.write_config(workdir, config, splits.train.class_names)
@@ -189,7 +189,7 @@ def _row(run: Run, step: int, sums: dict[str, jax.Array]) -> Row:
         "epoch": run.epochs(step),
         "learning_rate": float(run.schedule(step - 1)),
         "train_loss": values["loss"] / values["examples"],
-        "train_accuracy": values["correct"] / values["examples"],
+        "train_accuracy": None if math.isnan(values["correct"]) else values["correct"] / values["examples"],
     }
 
 
@@ -206,9 +206,10 @@ def _validate(run: Run, state: TrainState) -> Row:
 
 def _describe(row: Row, total: int) -> str:
     raw = "" if row["ema_val_accuracy"] is None else f" (raw {row['val_accuracy']:.2%})"
+    train = "mixed" if row["train_accuracy"] is None else f"{row['train_accuracy']:.2%}"
     return (
         f"step {row['step']}/{total}  epoch {row['epoch']:.2f}  loss {row['train_loss']:.4f}  "
-        f"train {row['train_accuracy']:.2%}  val {score(row):.2%}{raw}  {row['images_per_second']:.0f} images/s"
+        f"train {train}  val {score(row):.2%}{raw}  {row['images_per_second']:.0f} images/s"
     )
 
 
@@ -262,7 +263,7 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "train_seconds": seconds,
         "compile_seconds": run.dispatch.compile_seconds,
         "images_per_second": speed,
-        "mfu": peak and speed * _training_flops(run.classifier) / (peak * devices),
+        "mfu": None if run.plan.small or not peak else speed * _training_flops(run.classifier) / (peak * devices),
         "device": device,
         "protocol": setup.protocol(run.config, run.splits),
     }

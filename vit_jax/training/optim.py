@@ -46,12 +46,14 @@ def match_rules(rules: Sequence[tuple[str, Any]], params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(first, params)
 
 
-def make_schedule(name: str, learning_rate: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Step → rate: linear from 0 over the warm-up, then "cosine" or "linear" to 0 at the end, or "constant"."""
+def make_schedule(
+    name: str, learning_rate: float, warmup_steps: int, total_steps: int, final: float = 0.0
+) -> optax.Schedule:
+    """Step → rate: linear from 0 over the warm-up, then "cosine" or "linear" to `final` at the end, or "constant"."""
     rest = max(total_steps - warmup_steps, 1)
     decay = {
-        "cosine": optax.cosine_decay_schedule(learning_rate, rest),
-        "linear": optax.linear_schedule(learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(learning_rate, rest, alpha=final / learning_rate),
+        "linear": optax.linear_schedule(learning_rate, final, rest),
         "constant": optax.constant_schedule(learning_rate),
     }[name]
     if warmup_steps == 0:

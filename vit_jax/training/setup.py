@@ -9,6 +9,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax.config import check, get, put
+from vit_jax.augment.mix import Mixing
+from vit_jax.augment.policies import Policy
 from vit_jax.data.load import Split, Splits, load_splits
 from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
@@ -22,12 +24,13 @@ MOST_EVENTS = 1_000_000  # evaluations, or checkpoints, of a run
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The steps of a run: how many, how many warm up, and after which ones it evaluates and saves."""
+    """The steps of a run: how many, how many warm up, after which ones it evaluates and saves, how many are small."""
 
     total: int
     warmup: int
     evaluations: frozenset[int]
     checkpoints: frozenset[int]
+    small: int = 0
 
     def evaluations_until(self, step: int) -> set[int]:
         return {s for s in self.evaluations if s <= step}
@@ -36,7 +39,8 @@ class Plan:
         """Where the dispatch that starts at `step` ends; the same steps, wherever a run was resumed."""
         stop = (step // steps_per_call + 1) * steps_per_call
         between = range(step + 1, min(stop, self.total) + 1)
-        return next((s for s in between if s in self.evaluations or s in self.checkpoints), between[-1])
+        ends = (s for s in between if s in self.evaluations or s in self.checkpoints or s == self.small)
+        return next(ends, between[-1])
 
 
 def expanded(path: str) -> pathlib.Path:
@@ -130,7 +134,8 @@ def make_plan(config: ConfigDict, examples: int) -> tuple[Plan, list[str]]:
         warmup = min(asked, round(total / 10))
         if warmup < asked:
             notes.append(f"warm-up cut from {asked} to {warmup} steps, a tenth of the run")
-    return Plan(total, warmup, every(train.eval_every, total), every(config.checkpoint.every, total)), notes
+    small = round(config.augment.small_until * total) if config.augment.small_size else 0
+    return Plan(total, warmup, every(train.eval_every, total), every(config.checkpoint.every, total), small), notes
 
 
 def part_size(config: ConfigDict) -> int:
@@ -150,7 +155,9 @@ def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classif
 def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[Task, Any]:
     """The training task of a resolved config, and its schedule (step → learning rate)."""
     optim = config.optim
-    schedule = make_schedule(optim.schedule, optim.learning_rate, plan.warmup, plan.total)
+    schedule = make_schedule(
+        optim.schedule, optim.learning_rate, plan.warmup, plan.total, optim.final_learning_rate
+    )
     optimizer = make_optimizer(
         optim.name,
         schedule,
@@ -162,13 +169,46 @@ def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[T
     task = Task(
         classifier,
         optimizer,
-        Augmentation(**config.augment),
+        make_augmentation(config, plan),
         label_smoothing=config.train.label_smoothing,
         accumulate=optim.accumulate,
         ema_decay=config.ema.decay,
         seed=config.train.seed,
     )
     return task, schedule
+
+
+def make_augmentation(config: ConfigDict, plan: Plan) -> Augmentation:
+    """What the training pictures of a resolved config go through; UserError for an unknown operation."""
+    augment = config.augment
+    policy = mixing = None
+    if augment.policy != "none":
+        policy = Policy(
+            augment.policy, augment.num_ops, augment.magnitude, augment.magnitude_std, only=tuple(augment.operations)
+        )
+    if augment.mixup or augment.cutmix:
+        mixing = Mixing(
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+            probability=augment.mix_probability,
+            switch=augment.cutmix_share,
+            per_example=augment.mix_by == "example",
+        )
+    return Augmentation(
+        crop=augment.crop,
+        padding=augment.padding,
+        min_area=augment.min_area,
+        flip=augment.flip,
+        policy=policy,
+        crop_paste=augment.crop_paste,
+        erasing=augment.erasing,
+        erasing_fill=augment.erasing_fill,
+        mean=tuple(config.data.mean),
+        mixing=mixing,
+        mix_steps=round(augment.mix_until * plan.total),
+        small_size=augment.small_size,
+        small_steps=plan.small,
+    )
 
 
 def protocol(config: ConfigDict, splits: Splits) -> str:

@@ -12,7 +12,8 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from vit_jax.augment import ops
+from vit_jax.augment import mix, ops, policies
+from vit_jax.models.vit import middle_positions
 from vit_jax.training import mesh as meshes
 from vit_jax.training import optim
 
@@ -42,12 +43,28 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """What training pictures go through; fields as in `vit_jax.config`."""
+    """What training pictures go through, in this order; most fields as in `vit_jax.config`.
 
-    crop: str
-    padding: int
-    min_area: float
-    flip: bool
+    Attributes:
+      policy: None for none.
+      mean: what erased boxes are filled with where `erasing_fill` is "mean", a number in 0..1 a channel.
+      mixing: None for none; after `mix_steps` steps there is none any more.
+      small_size: side of the crops, pixels, in the first `small_steps` steps.
+    """
+
+    crop: str = "none"
+    padding: int = 1
+    min_area: float = 1.0
+    flip: bool = False
+    policy: policies.Policy | None = None
+    crop_paste: bool = False
+    erasing: float = 0.0
+    erasing_fill: str = "pixel"
+    mean: tuple[float, ...] = ()
+    mixing: mix.Mixing | None = None
+    mix_steps: int = 0
+    small_size: int = 0
+    small_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +86,15 @@ class Classifier:
         pictures = jnp.zeros((1, self.image_size, self.image_size, len(self.mean)))
         return self.model.init(jax.random.key(seed), pictures, train=False)["params"]
 
-    def logits(self, params: Any, images: jax.Array, train: bool = False, rngs: Any = None) -> jax.Array:
-        """uint8 [B, H, W, C] → float32 [B, K]."""
-        inputs = ops.normalize(ops.resize(images, self.image_size), self.mean, self.std, self.model.dtype)
+    def logits(self, params: Any, images: jax.Array) -> jax.Array:
+        """As evaluation sees pictures of any size: uint8 [B, H, W, C] → float32 [B, K]."""
+        return self.apply(params, ops.resize(images, self.image_size), train=False)
+
+    def apply(self, params: Any, images: jax.Array, train: bool, rngs: Any = None) -> jax.Array:
+        """uint8 [B, S, S, C] → float32 [B, K], where S is `image_size` or, for crops, less."""
+        inputs = ops.normalize(images, self.mean, self.std, self.model.dtype)
+        patch_size = self.model.patch_size
+        params = middle_positions(params, self.image_size // patch_size, images.shape[1] // patch_size)
         return jnp.asarray(self.model.apply({"params": params}, inputs, train=train, rngs=rngs))
 
 
@@ -86,6 +109,11 @@ class Task:
     accumulate: int
     ema_decay: float
     seed: int
+
+    def size_at(self, step: int) -> int:
+        """The side of the pictures that step `step` trains on, pixels."""
+        how = self.augmentation
+        return how.small_size if step < how.small_steps else self.classifier.image_size
 
 
 def zero_sums() -> dict[str, jax.Array]:
@@ -120,16 +148,49 @@ def copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def augment(key: jax.Array, images: jax.Array, size: int, how: Augmentation) -> jax.Array:
-    """uint8 [B, H, W, C] → uint8 [B, size, size, C]."""
-    crop_key, flip_key = jax.random.split(key)
+def step_keys(seed: int, step: jax.Array) -> jax.Array:
+    """The keys of a step's augmentation, mixing and dropout."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
+
+
+def augment(key: jax.Array, images: jax.Array, size: int, full_size: int, how: Augmentation) -> jax.Array:
+    """What is done to each picture alone, uint8 [B, H, W, C] → uint8 [B, size, size, C].
+
+    Where the whole picture would be `full_size` large, a smaller `size` is a crop of it.
+    """
+    crop_key, flip_key, policy_key, paste_key, erase_key = jax.random.split(key, 5)
     if how.crop == "pad":
-        images = ops.random_crop(crop_key, images, how.padding)
+        images = ops.random_crop(crop_key, images, how.padding, tuple(n * size // full_size for n in images.shape[1:3]))
     elif how.crop == "resized":
         images = ops.random_resized_crop(crop_key, images, size, how.min_area)
     if how.flip:
         images = ops.random_flip(flip_key, images)
-    return ops.resize(images, size)
+    if how.policy is not None:
+        images = policies.augment(policy_key, images, how.policy)
+    images = ops.resize(images, size)
+    if how.crop_paste:
+        images = mix.crop_paste(paste_key, images)
+    if how.erasing:
+        images = mix.erase(erase_key, images, how.erasing, how.erasing_fill, how.mean)
+    return images
+
+
+def training_pictures(
+    task: Task, size: int, step: jax.Array, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the model sees of a batch at `step`: pictures, targets [B, K], and whether they may be mixed (bool []).
+
+    `size` is the task's `size_at(step)`.
+    """
+    how, classifier = task.augmentation, task.classifier
+    augment_key, mix_key, _ = step_keys(task.seed, step)
+    images = augment(augment_key, images, size, classifier.image_size, how)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, classifier.num_classes), task.label_smoothing)
+    if how.mixing is None:
+        return images, targets, jnp.zeros((), bool)
+    mixed = step < how.mix_steps
+    images, targets = mix.mix(mix_key, images, targets, how.mixing, mixed)
+    return images, targets, mixed
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -137,15 +198,14 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
 
 
-def train_step(task: Task, state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
-    """One optimizer step on uint8 images [B, H, W, C] and labels [B]."""
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(task.seed), state.step))
-    images = augment(augment_key, images, task.classifier.image_size, task.augmentation)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, task.classifier.num_classes), task.label_smoothing)
+def train_step(task: Task, size: int, state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
+    """One optimizer step on uint8 images [B, H, W, C] and labels [B], cut or resized to `size`."""
+    images, targets, mixed = training_pictures(task, size, state.step, images, labels)
+    dropout_key = step_keys(task.seed, state.step)[2]
 
     def loss_fn(params, part, images, labels, targets):
         rngs = {"dropout": jax.random.fold_in(dropout_key, part)}
-        logits = task.classifier.logits(params, images, train=True, rngs=rngs)
+        logits = task.classifier.apply(params, images, train=True, rngs=rngs)
         correct = jnp.sum(jnp.argmax(logits, -1) == labels).astype(jnp.float32)
         return jnp.mean(cross_entropy(logits, targets)), correct
 
@@ -166,13 +226,14 @@ def train_step(task: Task, state: TrainState, images: jax.Array, labels: jax.Arr
     ema = state.ema
     if ema is not None:
         ema = optim.update_ema(ema, params, optim.ema_decay(task.ema_decay, state.step))
+    correct = jnp.where(mixed, jnp.nan, correct)  # a mixed picture has no one class to be right about
     batch = {"loss": loss * len(labels), "correct": correct, "examples": jnp.float32(len(labels))}
     sums = jax.tree.map(jnp.add, state.sums, batch)
     return TrainState(state.step + 1, params, ema, optimizer, sums)
 
 
-def make_train_steps(task: Task) -> jax.stages.Wrapped:
-    """One dispatch of training: (state, images, labels, indices, count) → (state, a copy of its sums).
+def make_train_steps(task: Task, size: int) -> jax.stages.Wrapped:
+    """One dispatch of training at a `size`: (state, images, labels, indices, count) → (state, a copy of its sums).
 
     images: uint8 [N, H, W, C] and labels: int32 [N], the whole training split, on the devices.
     indices: int32 [T, B], the pictures of each step; the first `count` steps are made. The state is donated.
@@ -182,7 +243,7 @@ def make_train_steps(task: Task) -> jax.stages.Wrapped:
     def train_steps(state, images, labels, indices, count):
         def body(i, state):
             index = lax.with_sharding_constraint(indices[i], meshes.batch_sharded(mesh))
-            return train_step(task, state, images[index], labels[index])
+            return train_step(task, size, state, images[index], labels[index])
 
         state = lax.fori_loop(0, count, body, state)
         return state, state.sums
