@@ -44,7 +44,9 @@ def main(arguments: list[str]) -> None:
         return total + jnp.sum(images.astype(jnp.float32)) + jnp.sum(targets)  # all of it must be computed
 
     augmenting = jax.jit(lambda count: lax.fori_loop(0, count, augment, jnp.zeros(())))
-    training = jax.jit(lambda state, n: lax.fori_loop(0, n, lambda _, s: train_step(task, size, s, pictures, labels), state))
+    training = jax.jit(
+        lambda state, n: lax.fori_loop(0, n, lambda _, s: train_step(task, size, s, pictures, labels), state)
+    )
     state = init_state(task)
     times: dict[str, list[float]] = {"augmentation": [], "step": []}
     for round_ in range(ROUNDS + 1):  # the first one compiles

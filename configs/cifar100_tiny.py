@@ -12,8 +12,8 @@ epoch at rate 0, the choice of the epoch on test, decay of biases and norms, PyT
 Of the reference only the beginning was run, on two cores of a Xeon (jax 0.10): the training loss, 4.61 for a guess, is
 3.80 on average over steps 104 to 178 of a run of 300; 110 images/s with the cores to itself; 2.9 GB of memory.
 
-`:cpu` is made for two cores and about three hours: a hybrid of 1,529,764 parameters, with a 3x3 depthwise convolution in
-each MLP and rotary position embedding, that sees crops of 24 pixels (36 tokens in place of 64) for most of its 30
+`:cpu` is made for two cores and about three hours: a hybrid of 1,529,764 parameters, with a 3x3 depthwise convolution
+in each MLP and rotary position embedding, that sees crops of 24 pixels (36 tokens in place of 64) for most of its 30
 epochs, and CutMix in every second batch.
 
 Our recipe has the same size (1,528,132 parameters: mean pooling, normalised queries and keys). Neither has been run to

@@ -11,8 +11,8 @@ operations of that name here. Not kept: stopping on the pictures that are report
 augmented validation, crops of 32 of the 64 pixels, a first epoch at rate 0, identical initial layers, dropout on the
 logits, norms after the blocks.
 
-Ours is the network of `cifar10_vit.py` on patches of 8. Neither has been run to its end: that wants a GPU (ours computes
-in bfloat16 too; on a CPU add --config.train.dtype=float32).
+Ours is the network of `cifar10_vit.py` on patches of 8. Neither has been run to its end: that wants a GPU. Both compute
+in bfloat16; on a CPU add --config.train.dtype=float32.
 """
 
 import cifar10_vit

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from vit_jax.models.stems import ConvStem, HalvingConv, PatchEmbedding, depthwise
+from vit_jax.models.stems import ConvStem, HalvingConv, PatchEmbedding
 from vit_jax.models.vit import VisionTransformer
 
 CONV = dict(num_classes=10, patch_size=4, width=64, depth=1, num_heads=4, mlp_dim=64, stem="conv", head_zero_init=False)
@@ -31,26 +31,6 @@ def test_halving_convolution_is_a_convolution():
     kernel, padding = params["params"]["kernel"], [(1, 1), (1, 1)]
     expected = jax.lax.conv_general_dilated(images, kernel, (2, 2), padding, dimension_numbers=layout)
     np.testing.assert_allclose(conv.apply(params, images), expected, atol=1e-5)
-
-
-def test_depthwise_convolution_and_its_gradient():
-    rng = np.random.default_rng(0)
-    x, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 5, 4, 6), (3, 3, 6)))
-    layout = ("NHWC", "HWIO", "NHWC")
-
-    def native(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x, kernel[:, :, None], (1, 1), "SAME", dimension_numbers=layout, feature_group_count=6
-        )
-
-    weights = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
-    for found, expected in zip(
-        *(jax.value_and_grad(lambda x, k, f=f: (weights * f(x, k)).sum(), (0, 1))(x, kernel) for f in (depthwise, native)),
-        strict=True,
-    ):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
-    half = jax.grad(lambda k: depthwise(x.astype(jnp.bfloat16), k).sum().astype(jnp.float32))(kernel.astype(jnp.bfloat16))
-    assert half.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -70,38 +70,6 @@ class ConvStem(nn.Module):
         return x
 
 
-@jax.custom_vjp
-def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Each channel's own 3x3 convolution with zeros around the picture: [B, h, w, C], [3, 3, C] -> [B, h, w, C].
-
-    Written out over the nine shifted pictures, and its gradient likewise: on the CPU this takes a twentieth of what
-    differentiating the sum takes, and XLA's own depthwise convolution inside a loop thousands of times as long.
-    """
-    return sum(kernel[i, j] * shifted for (i, j), shifted in _shifts(x))
-
-
-def _shifts(x: jax.Array) -> list[tuple[tuple[int, int], jax.Array]]:
-    """What lies under each of the kernel's nine places."""
-    _, height, width, _ = x.shape
-    # Behind a barrier, or XLA tests for the border at every multiplication.
-    padded = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
-    return [((i, j), padded[:, i : i + height, j : j + width]) for i in range(3) for j in range(3)]
-
-
-def _depthwise_forward(x, kernel):
-    return depthwise(x, kernel), (x, kernel)
-
-
-def _depthwise_backward(saved, gradient):
-    x, kernel = saved
-    for_kernel = [jnp.sum(shifted * gradient, axis=(0, 1, 2), dtype=jnp.float32) for _, shifted in _shifts(x)]
-    for_x = depthwise(gradient, kernel[::-1, ::-1])
-    return for_x, jnp.stack(for_kernel).reshape(kernel.shape).astype(kernel.dtype)
-
-
-depthwise.defvjp(_depthwise_forward, _depthwise_backward)
-
-
 class ShiftedPatches(nn.Module):
     """Each patch beside those half a patch up and down its diagonals, normalised: [B, H, W, C] -> [B, h, w, 5 P P C].
 

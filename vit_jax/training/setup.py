@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax.config import check, get, put
 from vit_jax.augment.mix import Mixing
 from vit_jax.augment.policies import Policy
+from vit_jax.config import check, get, put
 from vit_jax.data.load import Split, Splits, load_splits
 from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
@@ -155,9 +155,7 @@ def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classif
 def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[Task, Any]:
     """The training task of a resolved config, and its schedule (step → learning rate)."""
     optim = config.optim
-    schedule = make_schedule(
-        optim.schedule, optim.learning_rate, plan.warmup, plan.total, optim.final_learning_rate
-    )
+    schedule = make_schedule(optim.schedule, optim.learning_rate, plan.warmup, plan.total, optim.final_learning_rate)
     optimizer = make_optimizer(
         optim.name,
         schedule,

@@ -160,7 +160,8 @@ def augment(key: jax.Array, images: jax.Array, size: int, full_size: int, how: A
     """
     crop_key, flip_key, policy_key, paste_key, erase_key = jax.random.split(key, 5)
     if how.crop == "pad":
-        images = ops.random_crop(crop_key, images, how.padding, tuple(n * size // full_size for n in images.shape[1:3]))
+        height, width = (n * size // full_size for n in images.shape[1:3])
+        images = ops.random_crop(crop_key, images, how.padding, (height, width))
     elif how.crop == "resized":
         images = ops.random_resized_crop(crop_key, images, size, how.min_area)
     if how.flip:
