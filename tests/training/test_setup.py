@@ -1,14 +1,20 @@
 """The plan of a run's steps, and what a config resolves to."""
 
+import pathlib
+
+import jax
 import numpy as np
 import pytest
 
 from vit_jax.augment.mix import Mixing
 from vit_jax.augment.policies import Policy
-from vit_jax.config import default_config
+from vit_jax.config import default_config, parse
 from vit_jax.data.load import Split, Splits
 from vit_jax.errors import UserError
 from vit_jax.training import mesh, setup
+
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def config_of(**fields):
@@ -53,6 +59,36 @@ def test_plan(fields, examples, total, evaluations, checkpoints):
 def test_a_plan_that_would_never_end(fields, words):
     with pytest.raises(UserError, match=words):
         setup.make_plan(config_of(**fields), 40)
+
+
+@pytest.mark.parametrize(
+    "name, classes, size, parameters",
+    [
+        ("cifar10_tinyvit", 10, 32, 208_202),
+        ("cifar10_tinyvit:reference", 10, 32, 208_074),
+        ("cifar100_tiny", 100, 32, 1_515_940),
+        ("cifar100_tiny:cpu", 100, 32, 1_529_764),
+        ("cifar100_tiny:reference", 100, 32, 1_528_228),
+        ("cifar10_vit", 10, 32, 6_167_562),
+        ("cifar10_vit:reference", 10, 32, 6_268_810),
+        ("cifar100_vit", 100, 32, 6_190_692),
+        ("cifar100_vit:reference", 100, 32, 6_303_460),
+        ("svhn_vit", 10, 32, 6_167_562),
+        ("svhn_vit:reference", 10, 32, 6_268_810),
+        ("tiny_imagenet_vit", 200, 64, 6_288_520),
+        ("tiny_imagenet_vit:reference", 200, 64, 21_264_072),
+    ],
+)
+def test_parameters_of_the_shipped_configs(name, classes, size, parameters):
+    file, _, variant = name.partition(":")
+    config, _ = parse(f"{CONFIGS / file}.py:{variant}", [])
+    data = np.zeros((2, size, size, 3), np.uint8)
+    split = Split(data, np.zeros(2, np.int32), tuple(map(str, range(classes))), (0.4,) * 3, (0.2,) * 3)
+    devices = mesh.make_mesh(1)
+    config = setup.resolve_data(setup.resolve_model(config), split, devices)
+    setup.make_plan(config, 50_000)
+    tree = jax.eval_shape(lambda: setup.make_classifier(config, classes, devices).init(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == parameters
 
 
 def test_augmentation_follows_the_config():
