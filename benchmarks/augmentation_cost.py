@@ -2,11 +2,11 @@
 
     python benchmarks/augmentation_cost.py --config configs/cifar10_vit.py --config.train.batch_size=128
 
-Made-up pictures of the data set's size; both are timed in turn, inside a compiled loop as in training, and the medians
-are printed. --size and --classes say what pictures to make up (default: 32 pixels, 10 classes).
+Made-up pictures, --size pixels a side in --classes classes; both are timed in turn, with the gathering of the batch,
+inside a compiled loop as in training, and the medians are printed.
 """
 
-import argparse
+import functools
 import statistics
 import time
 
@@ -14,66 +14,85 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from ml_collections import ConfigDict
 
 from vit_jax import config as configs
 from vit_jax import errors
 from vit_jax.data.cache import Split, channel_statistics
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup
-from vit_jax.training.step import init_state, train_step, training_pictures
+from vit_jax.training.step import Task, TrainState, init_state, train_step, training_pictures
 
-ROUNDS = 5
+PICTURES = 2048  # at least a batch
 
 
 def main(arguments: list[str]) -> None:
-    parser = errors.ArgumentParser(
-        prog="python benchmarks/augmentation_cost.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = errors.ArgumentParser(prog="python benchmarks/augmentation_cost.py", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE.py[:VARIANT]")
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--classes", type=int, default=10)
+    parser.add_argument("--size", type=int, default=32, help="side of the stored pictures (default: 32)")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes (default: 10)")
+    parser.add_argument("--steps", type=int, default=5, help="training steps a measurement (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements (default: 5)")
     args, rest = parser.parse_known_args(arguments)
     config, name = configs.parse(args.config, configs.overrides_in(rest))
-    task, pictures, labels = made_up(config, args.size, args.classes)
-    size = task.classifier.image_size
-
-    def augment(i, total):
-        images, targets, _ = training_pictures(task, size, i, pictures, labels)
-        return total + jnp.sum(images.astype(jnp.float32)) + jnp.sum(targets)  # all of it must be computed
-
-    augmenting = jax.jit(lambda count: lax.fori_loop(0, count, augment, jnp.zeros(())))
-    training = jax.jit(
-        lambda state, n: lax.fori_loop(0, n, lambda _, s: train_step(task, size, s, pictures, labels), state)
-    )
-    state = init_state(task)
-    times: dict[str, list[float]] = {"augmentation": [], "step": []}
-    for round_ in range(ROUNDS + 1):  # the first one compiles
-        for kind, run, count in (("augmentation", augmenting, 20), ("step", lambda n: training(state, n), 2)):
-            started = time.perf_counter()
-            jax.block_until_ready(run(count))
-            if round_:
-                times[kind].append((time.perf_counter() - started) / count * 1e3)
-    augmentation, step = (statistics.median(values) for values in times.values())
-    print(
-        f"{name}, {len(labels)} pictures of {args.size} px, {jax.devices()[0].device_kind}: augmentation "
-        f"{augmentation:.2f} ms of a step of {step:.1f} ms, {augmentation / step:.1%}"
-    )
-
-
-def made_up(config, size: int, classes: int):
-    """The config's task, and one batch of random pictures on the devices."""
-    rng = np.random.default_rng(0)
     batch = config.train.batch_size
-    images = rng.integers(0, 256, (batch, size, size, 3), np.uint8)
-    labels = rng.integers(0, classes, batch).astype(np.int32)
-    split = Split(images, labels, tuple(map(str, range(classes))), *channel_statistics(images))
+    split = made_up(max(PICTURES, batch), args.size, args.classes)
+    task = make_task(config, split)
+    pictures, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
+
+    augmenting = jax.jit(functools.partial(augment, task, batch))
+    training = jax.jit(functools.partial(train, task, batch), donate_argnums=0)
+    state = init_state(task)
+    augmentation, steps = [], []
+    for _ in range(args.rounds + 1):
+        started = time.perf_counter()
+        jax.block_until_ready(augmenting(pictures, labels, 4 * args.steps))
+        between = time.perf_counter()
+        state = jax.block_until_ready(training(state, pictures, labels, args.steps))
+        augmentation.append((between - started) / (4 * args.steps))
+        steps.append((time.perf_counter() - between) / args.steps)
+    one, whole = (1e3 * statistics.median(values[1:]) for values in (augmentation, steps))  # the first one compiled
+    print(
+        f"{name}, {batch} pictures of {args.size} px on {jax.devices()[0].device_kind}: augmentation {one:.2f} ms, "
+        f"training step {whole:.1f} ms: {one / whole:.1%}"
+    )
+
+
+def made_up(count: int, size: int, classes: int) -> Split:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, size, size, 3), np.uint8)
+    names = tuple(map(str, range(classes)))
+    return Split(images, rng.integers(0, classes, count).astype(np.int32), names, *channel_statistics(images))
+
+
+def make_task(config: ConfigDict, split: Split) -> Task:
     mesh = meshes.make_mesh(config.mesh.data)
     config = setup.resolve_data(setup.resolve_model(config), split, mesh)
-    plan, _ = setup.make_plan(config, 50_000)
-    task, _ = setup.make_task(config, setup.make_classifier(config, classes, mesh), plan)
-    return task, jnp.asarray(images), jnp.asarray(labels)
+    plan, _ = setup.make_plan(config, len(split.labels))
+    return setup.make_task(config, setup.make_classifier(config, len(split.class_names), mesh), plan)[0]
+
+
+def batch_at(i: jax.Array, batch: int, pictures: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    index = (i * batch + jnp.arange(batch)) % len(labels)
+    return pictures[index], labels[index]
+
+
+def augment(task: Task, batch: int, pictures: jax.Array, labels: jax.Array, count: jax.Array) -> jax.Array:
+    def body(i, total):
+        cut = batch_at(i, batch, pictures, labels)
+        images, targets, _ = training_pictures(task, task.classifier.image_size, i, *cut)
+        return total + jnp.sum(images.astype(jnp.float32)) + jnp.sum(targets)  # so that all of it is computed
+
+    return lax.fori_loop(0, count, body, jnp.zeros(()))
+
+
+def train(
+    task: Task, batch: int, state: TrainState, pictures: jax.Array, labels: jax.Array, count: jax.Array
+) -> TrainState:
+    def body(i, state):
+        return train_step(task, task.classifier.image_size, state, *batch_at(i, batch, pictures, labels))
+
+    return lax.fori_loop(0, count, body, state)
 
 
 if __name__ == "__main__":

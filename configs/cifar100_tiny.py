@@ -4,8 +4,8 @@
     python -m vit_jax.main --config configs/cifar100_tiny.py:cpu
     python -m vit_jax.main --config configs/cifar100_tiny.py:reference
 
-Ours is a plain ViT (1,515,940 parameters: mean pooling, rotary position embedding, normalised queries and keys), trained
-on crops, RandAugment and mixed pictures for 600 epochs. It has not been run to its end: that wants a GPU.
+Ours is a plain ViT (1,515,940 parameters: mean pooling, rotary position embedding, normalised queries and keys),
+trained on crops, RandAugment and mixed pictures for 600 epochs. It has not been run to its end: that wants a GPU.
 
 `:cpu` is made for two cores and about three hours: a hybrid (1,529,764 parameters) with a 3x3 depthwise convolution in
 each MLP, that sees crops of 24 pixels (36 tokens in place of 64) for most of its 30 epochs, and CutMix in every second

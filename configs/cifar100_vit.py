@@ -13,4 +13,6 @@ import cifar10_vit
 def get_config(variant=""):
     config = cifar10_vit.get_config(variant)
     config.data.name = "cifar100"
+    if variant == "reference":
+        config.train.label_smoothing = 0.1 * 100 / 99  # 0.1 over the 99 other classes
     return config

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from vit_jax import config as configs
+from vit_jax.augment.policies import POLICIES
 from vit_jax.errors import UserError
-from vit_jax.models.vit import VisionTransformer
+from vit_jax.models.vit import CHOICES, VisionTransformer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -100,7 +101,6 @@ def test_a_wrong_value_names_the_field_and_the_allowed_values(path, write):
         ("augment.magnitude=31", ["augment.magnitude", "0 to 30"]),
         ("augment.repeats=3", ["128", "augment.repeats=3"]),
         ("augment.repeats=0", ["augment.repeats", "at least 1"]),
-        ("augment.operations=('rotate',)", ["augment.operations", "randaugment or trivialaugment", "none"]),
         ("optim.final_learning_rate=1", ["final_learning_rate=1", "learning_rate=0.001"]),
         ("model.stem=spt", ["'spt'", "shifted"]),
         ("train.steps_per_call=513", ["train.steps_per_call", "at most 512"]),
@@ -130,6 +130,10 @@ def test_wrong_overrides(override, words, write):
             ["small_size=24", "sincos2d"],
         ),
         (["augment.policy=trivialaugment", "augment.magnitude=3"], ["augment.magnitude", "not trivialaugment"]),
+        (
+            ["augment.policy=3augment", "augment.operations=('rotate',)"],
+            ["augment.operations", "randaugment or trivialaugment"],
+        ),
     ],
 )
 def test_fields_that_do_not_go_together(overrides, words, write):
@@ -203,6 +207,14 @@ def test_a_broken_config_file_is_the_users_error(body, words, write):
     with pytest.raises(UserError) as error:
         configs.parse(write(body), [])
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_choices_are_those_of_the_package():
+    """The config knows nothing of the rooms, so their names stand there again."""
+    policies = configs.FIELDS["augment.policy"]
+    assert all(policies.check(name) for name in ("none", *POLICIES)) and ", ".join(POLICIES) in policies.allowed
+    for field, choices in CHOICES.items():
+        assert configs.FIELDS[f"model.{field}"].allowed == "one of " + ", ".join(choices)
 
 
 def test_a_config_may_import_its_neighbour(write):

@@ -163,7 +163,9 @@ FIELDS: dict[str, Field] = {
     "augment.mix_probability": probability(1.0, "chance that a batch (an example) is mixed at all"),
     "augment.mix_by": choice("batch", "one draw for all of a batch, or one an example", "batch", "example"),
     "augment.mix_until": probability(1.0, "share of the run after which pictures are mixed no more"),
-    "augment.repeats": whole(1, "times that a batch holds each of its pictures, augmented each time anew"),
+    "augment.repeats": whole(
+        1, "times that a batch holds each of its pictures, augmented anew; an epoch then reads as many times fewer"
+    ),
     # The run.
     "train.batch_size": whole(128, "pictures an optimizer step, over all devices"),
     "train.epochs": positive(None, "length of the run in epochs; or set train.steps"),
@@ -394,7 +396,7 @@ def _check_augment(config: ConfigDict) -> None:
         ("magnitude_std", ("randaugment",)),
         ("operations", ("randaugment", "trivialaugment")),
     ):
-        if augment[field] != FIELDS[f"augment.{field}"].default and augment.policy not in policies:
+        if augment[field] != FIELDS[f"augment.{field}"].default and augment.policy not in ("none", *policies):
             raise UserError(f"augment.{field} is for augment.policy={' or '.join(policies)}, not {augment.policy}")
     _check_small_size(config)
     if batch_size % augment.repeats:

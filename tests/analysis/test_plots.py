@@ -22,6 +22,20 @@ def where(sheet, tile):
     return [(y, x) for y, x in corners if np.array_equal(sheet[y : y + h, x : x + w], tile)]
 
 
+def test_a_curve_of_one_point_is_seen(tmp_path):
+    """Of thirty rows only the last has a training accuracy, the others' labels being mixed."""
+    empty = dict.fromkeys(("val_loss", "ema_val_accuracy", "train_accuracy")) | {"val_accuracy": 0.1}
+    rows = [empty | {"epoch": float(i), "train_loss": 1.0} for i in range(30)]
+    drawn = []
+    for accuracy in (None, 0.5):
+        rows[-1]["train_accuracy"] = accuracy
+        plots.curves(rows, tmp_path / "curves.png", "title", "test")
+        with Image.open(tmp_path / "curves.png") as picture:
+            drawn.append(np.asarray(picture.convert("RGB"))[:, 600:])  # the right half: accuracy
+    blue = [(np.abs(half.astype(int) - [31, 119, 180]).sum(-1) < 30) for half in drawn]
+    assert not blue[0].any() and blue[1].any(axis=0).sum() > 5
+
+
 @pytest.mark.parametrize(
     "shape, factor", [((8, 8, 1), 20), ((32, 32, 3), 5), ((64, 64, 3), 2), ((20, 50, 3), 3), ((160, 160, 3), 1)]
 )

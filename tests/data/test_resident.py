@@ -28,9 +28,17 @@ def test_any_cut_of_the_steps_reads_the_same():
 def test_repeats_read_the_same_stream_in_smaller_bites(repeats):
     batches = BatchIndices(0, 37, 8, repeats)(3, 20)
     assert batches.shape == (20, 8)
-    once = batches[:, : 8 // repeats]
-    np.testing.assert_array_equal(batches, np.concatenate([once] * repeats, axis=1))
-    np.testing.assert_array_equal(once, BatchIndices(0, 37, 8 // repeats)(3, 20))
+    stretches = batches.reshape(20, repeats, 8 // repeats)
+    np.testing.assert_array_equal(stretches[:, 0], BatchIndices(0, 37, 8 // repeats)(3, 20))
+    np.testing.assert_array_equal(np.sort(stretches, axis=2), np.sort(stretches[:, :1].repeat(repeats, axis=1), axis=2))
+    np.testing.assert_array_equal(BatchIndices(0, 37, 8, repeats)(13, 10), batches[10:])  # resumed
+
+
+def test_repeated_pictures_have_other_neighbours_each_time():
+    batches = BatchIndices(0, 10_000, 64, repeats=4)(0, 50)
+    before = np.roll(batches, 1, axis=1)
+    partners = [len(set(before[i][batches[i] == picture])) for i in range(50) for picture in set(batches[i])]
+    assert len(partners) == 50 * 16 and np.mean(partners) > 3.5
 
 
 def test_seeds_and_epochs_have_their_own_orders():

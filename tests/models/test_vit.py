@@ -382,10 +382,12 @@ def test_depthwise_convolution_and_its_gradient():
         strict=True,
     ):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    exact = jax.grad(lambda k: depthwise(x, k).sum())(kernel)
     half = jax.grad(lambda k: depthwise(x.astype(jnp.bfloat16), k).sum().astype(jnp.float32))(
         kernel.astype(jnp.bfloat16)
     )
     assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), exact, rtol=0, atol=0.02 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("cls", [0, 1])
@@ -488,7 +490,8 @@ def test_bfloat16_computes_and_float32_stays():
 
 
 def test_remat_changes_memory_and_nothing_else():
-    model, params = make(dropout=0.1, attention_dropout=0.1, drop_path=0.2)
+    options = dict(mlp_conv=True, position_embedding="rotary", learned_temperature=True, mask_self=True, pool="seq")
+    model, params = make(dropout=0.1, attention_dropout=0.1, drop_path=0.2, **options)
     rngs = {"rngs": {"dropout": jax.random.key(3)}}
     value, gradient = loss_and_gradient(model, params, **rngs)
     other_value, other_gradient = loss_and_gradient(model.clone(remat=True), params, **rngs)
@@ -640,6 +643,12 @@ def test_sizes_that_do_not_fit(fields, message):
     with pytest.raises(UserError) as error:
         VisionTransformer(**SMALL | fields).init(jax.random.key(0), jnp.zeros((1, 12, 8, 3)), train=False)
     assert re.search(message, str(error.value)) and "\n" not in str(error.value)
+
+
+def test_one_token_cannot_leave_itself_out():
+    with pytest.raises(UserError, match="mask_self leaves the one token"):
+        VisionTransformer(**SMALL | dict(mask_self=True, pool="gap")).check(4, 4)
+    VisionTransformer(**SMALL | dict(mask_self=True, pool="cls")).check(4, 4)
 
 
 def test_shifted_patches_want_a_neighbour():

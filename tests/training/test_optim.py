@@ -13,6 +13,7 @@ from vit_jax.training import optim
 @pytest.fixture(scope="module")
 def params():
     fields = dict(patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=24, pool="cls", layer_scale=0.1, qk_norm=True)
+    fields |= dict(mlp_conv=True, learned_temperature=True)
     model = VisionTransformer(num_classes=5, representation_size=8, head_zero_init=False, **fields)
     params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)["params"]
     leaves, tree = jax.tree.flatten(params)

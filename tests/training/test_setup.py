@@ -1,5 +1,6 @@
 """The plan of a run's steps, and what a config resolves to."""
 
+import functools
 import pathlib
 
 import jax
@@ -12,7 +13,7 @@ from vit_jax.config import default_config, parse
 from vit_jax.data.load import Split, Splits
 from vit_jax.errors import UserError
 from vit_jax.training import mesh, setup
-
+from vit_jax.training.step import Augmentation, abstract_state, train_step
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -86,23 +87,80 @@ def test_parameters_of_the_shipped_configs(name, classes, size, parameters):
     split = Split(data, np.zeros(2, np.int32), tuple(map(str, range(classes))), (0.4,) * 3, (0.2,) * 3)
     devices = mesh.make_mesh(1)
     config = setup.resolve_data(setup.resolve_model(config), split, devices)
-    setup.make_plan(config, 50_000)
-    tree = jax.eval_shape(lambda: setup.make_classifier(config, classes, devices).init(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == parameters
+    plan, _ = setup.make_plan(config, 50_000)
+    task, _ = setup.make_task(config, setup.make_classifier(config, classes, devices), plan)
+    state = abstract_state(task)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == parameters
+    batch = config.train.batch_size
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)
+    labels = jax.ShapeDtypeStruct((batch,), np.int32)
+    for step in (0, plan.total - 1):  # a training step fits together, at each size of the pictures
+        after = jax.eval_shape(functools.partial(train_step, task, task.size_at(step)), state, images, labels)
+        assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+# What the reference experiments' own files say; batch, epochs, optimizer, rate, decay, warm-up.
+REFERENCES = {
+    "cifar10_tinyvit": (64, 10, "adam", 3e-4, 0.0, None, {"schedule": "constant"}),
+    "cifar100_tiny": (256, 200, "adam", 1e-3, 5e-4, 10, {"dropout": 0.1, "attention_dropout": 0.0, "flip": True}),
+    "cifar10_vit": (128, 200, "adam", 1e-3, 5e-5, 5, {"policy": "autoaugment_cifar10", "final_learning_rate": 1e-5}),
+    "cifar100_vit": (128, 200, "adam", 1e-3, 5e-5, 5, {"policy": "autoaugment_cifar10", "label_smoothing": 10 / 99}),
+    "svhn_vit": (128, 200, "adam", 1e-3, 5e-5, 5, {"policy": "autoaugment_svhn", "flip": False, "dropout": 0.0}),
+    "tiny_imagenet_vit": (
+        *(128, 300, "adamw", 3e-5, 1e-4, 10),
+        {"label_smoothing": 0.01, "attention_dropout": 0.1, "patience": 20, "holdout": 0.05, "dtype": "bfloat16"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_references_train_as_published(name):
+    batch_size, epochs, optimizer, rate, decay, warmup, others = REFERENCES[name]
+    config, _ = parse(f"{CONFIGS / name}.py:reference", [])
+    assert (config.train.batch_size, config.train.epochs) == (batch_size, epochs)
+    assert (config.optim.name, config.optim.learning_rate, config.optim.weight_decay) == (optimizer, rate, decay)
+    assert config.optim.warmup_epochs == warmup and config.model.pool == "cls" and config.model.norm_epsilon == 1e-5
+    assert not (config.augment.mixup or config.augment.cutmix or config.augment.erasing or config.augment.small_size)
+    fields = {field: value for group in config.values() for field, value in group.items()}
+    for field, value in others.items():
+        assert fields[field] == (pytest.approx(value) if isinstance(value, float) else value), field
 
 
 def test_augmentation_follows_the_config():
     config = config_of(augment__policy="randaugment", augment__num_ops=3, augment__operations=("rotate", "color"))
     config.augment.update({"mixup": 0.8, "cutmix": 1.0, "cutmix_share": 0.3, "mix_by": "example", "mix_until": 0.75})
     config.augment.update({"erasing": 0.25, "erasing_fill": "mean", "mix_probability": 0.9, "crop_paste": True})
+    config.augment.update({"crop": "pad", "padding": 3, "min_area": 0.4, "flip": True, "repeats": 5, "small_size": 4})
     config.data.mean = (0.1, 0.2, 0.3)
     how = setup.make_augmentation(config, setup.make_plan(config, 40)[0])
-    assert how.policy == Policy("randaugment", 3, 9.0, 0.0, only=("rotate", "color"))
-    assert how.mixing == Mixing(mixup=0.8, cutmix=1.0, probability=0.9, switch=0.3, per_example=True)
-    assert (how.mix_steps, how.erasing, how.erasing_fill, how.mean) == (9, 0.25, "mean", (0.1, 0.2, 0.3))
-    assert how.crop_paste
+    assert how == Augmentation(
+        crop="pad",
+        padding=3,
+        min_area=0.4,
+        flip=True,
+        policy=Policy("randaugment", 3, 9.0, 0.0, only=("rotate", "color")),
+        crop_paste=True,
+        erasing=0.25,
+        erasing_fill="mean",
+        mean=(0.1, 0.2, 0.3),
+        mixing=Mixing(mixup=0.8, cutmix=1.0, probability=0.9, switch=0.3, per_example=True),
+        mix_steps=9,
+        repeats=5,
+        small_size=4,
+        small_steps=6,
+    )
     plain = setup.make_augmentation(config_of(), setup.Plan(12, 0, frozenset(), frozenset()))
     assert plain.policy is None and plain.mixing is None and not plain.crop_paste and not plain.erasing
+
+
+def test_small_crops_must_suit_the_model():
+    config = config_of(augment__crop="pad", augment__small_size=4)
+    config.model.update({"patch_size": 4, "width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 8, "stem": "shifted"})
+    devices = mesh.make_mesh(1)
+    config = setup.resolve_data(config, split_of(), devices)
+    plan, _ = setup.make_plan(config, 40)
+    with pytest.raises(UserError, match="4x4 pixels are too small"):
+        setup.make_task(config, setup.make_classifier(config, 2, devices), plan)
 
 
 def test_an_unknown_operation_is_named():

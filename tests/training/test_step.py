@@ -72,12 +72,16 @@ def test_a_step_follows_the_gradient_of_the_smoothed_cross_entropy(one_step):
     np.testing.assert_allclose(flat(new.ema), 0.1 * flat(state.params) + 0.9 * flat(new.params), atol=1e-6)
 
 
-def test_accumulated_parts_give_the_gradient_of_the_whole_batch(one_step):
+@pytest.mark.parametrize("per_example", [False, True])
+def test_accumulated_parts_give_the_gradient_of_the_whole_batch(one_step, per_example):
     states = []
+    mixed = dataclasses.replace(MOVED, mixing=dataclasses.replace(MIXED, per_example=per_example), mix_steps=1)
     for parts in (1, 4):
-        task = make_task(accumulate=parts, augmentation=MOVED)
+        task = make_task(accumulate=parts, augmentation=mixed)
         states.append(one_step(task, step.init_state(task), PICTURES, LABELS))
     np.testing.assert_allclose(flat(states[0].params), flat(states[1].params), atol=1e-6)
+    assert float(states[0].sums["loss"]) == pytest.approx(float(states[1].sums["loss"]), rel=1e-5)
+    states = [one_step(t, step.init_state(t), PICTURES, LABELS) for t in (make_task(), make_task(accumulate=4))]
     assert states[0].sums["correct"] == states[1].sums["correct"]
 
 
@@ -211,13 +215,23 @@ def test_small_crops_first_then_whole_pictures(one_step):
     assert float(sums["examples"]) == 96 and np.isfinite(float(sums["loss"]))
 
 
+@pytest.mark.parametrize("size, small", [(16, 12), (16, 16), (4, 4)])
+def test_crops_of_pictures_of_another_size_than_the_models(size, small):
+    """Stored with 8 pixels: padded and cut as stored, at most as large a part as the crop is of the input."""
+    how = step.Augmentation(crop="pad", padding=1, repeats=1)
+    found = step.augment(jax.random.key(0), jnp.asarray(PICTURES), small, size, how)
+    side = 8 * small // size
+    cut = ops.random_crop(jax.random.split(jax.random.key(0), 5)[0], jnp.asarray(PICTURES), 1, (side, side))
+    assert found.shape == (40, small, small, 3)
+    np.testing.assert_array_equal(found, ops.resize(cut, small))
+
+
 def test_a_batch_holds_its_pictures_as_often_as_asked():
-    task = make_task()
-    run = dispatch.Dispatcher(task, step.init_state(task), SPLIT, batch_size=16, repeats=4)
-    indices = run._order(0, 10)  # an epoch of 40 pictures
+    task = make_task(augmentation=step.Augmentation(repeats=4))
+    run = dispatch.Dispatcher(task, step.init_state(task), SPLIT, batch_size=16)
+    indices = run._order(0, 10)  # every picture, four times
     assert indices.shape == (10, 16)
-    for batch in indices:
-        assert len(set(batch)) == 4 and (batch != np.roll(batch, 1)).all()
+    assert all(len(set(batch)) == 4 for batch in indices)
     np.testing.assert_array_equal(np.sort(indices, axis=None), np.repeat(np.arange(40), 4))
     state, sums = run(step.init_state(task), 0, 3)
     assert float(sums["examples"]) == 48

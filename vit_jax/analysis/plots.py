@@ -29,7 +29,15 @@ def curves(rows: Sequence[Mapping[str, float | None]], path: pathlib.Path, title
             points = [float("nan") if v is None else v for v in values]
             last = next(v for v in reversed(values) if v is not None)
             shown = f"{100 * last:.1f} %" if axes is accuracy else f"{last:.3f}"
-            axes.plot(epochs, points, color=color, marker=marker, markersize=3, label=f"{label} ({shown} at the end)")
+            alone = len([v for v in values if v is not None]) == 1  # a line of one point shows only by its marker
+            axes.plot(
+                epochs,
+                points,
+                color=color,
+                marker="o" if alone else marker,
+                markersize=3,
+                label=f"{label} ({shown} at the end)",
+            )
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         axes.set(xlabel="epoch", ylabel=name)
         axes.grid(alpha=0.3)

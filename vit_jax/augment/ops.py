@@ -107,31 +107,21 @@ def apply(
     return images
 
 
-def warp(images: jax.Array, matrices: jax.Array, fill: int, sampling: str = "nearest") -> jax.Array:
-    """Pillow's affine `Image.transform`: output pixel (x, y) shows the input's place `matrix @ (x, y, 1)`.
+def warp(images: jax.Array, matrices: jax.Array, fill: int) -> jax.Array:
+    """Pillow's affine `Image.transform`, nearest: output pixel (x, y) shows the input's place `matrix @ (x, y, 1)`.
 
     `matrices` [B, 2, 3] take x to the right and y down, centres of pixels at halves. Places outside the picture show
-    `fill`. Inside, "nearest" shows the pixel around the place and "bilinear" goes between centres, at the edge
-    repeating the outermost. Right while no place is further than 2**15 pixels off.
+    `fill`. Right while no place is further than 2**15 pixels off.
     """
     height, width = images.shape[1:3]
     column, row = jnp.arange(width), jnp.arange(height)[:, None]
     size = jnp.array([width, height])[:, None, None]
     a, b, c = jnp.moveaxis(matrices, 2, 0)[..., None, None]  # [B, 2, 1, 1] each
-    if sampling == "nearest":  # in units of 2**-16 pixels, like Pillow: where two pixels meet, both choose the same
-        a, b, c = (jnp.floor(v * 2**16 + 0.5).astype(jnp.int32) for v in (a, b, c + (a + b) / 2))
-        place = (a * column + b * row + c) >> 16  # [B, 2, height, width]
-        warped = _pixels(images, place[:, 0], place[:, 1])
-    elif sampling == "bilinear":
-        place = a * (column + 0.5) + b * (row + 0.5) + c
-        first = jnp.floor(place - 0.5).astype(jnp.int32)
-        (x, y), (right, down) = jnp.moveaxis(first, 1, 0), jnp.moveaxis(place - 0.5 - first, 1, 0)[..., None]
-        over, under = (_mix(_pixels(images, x, row), _pixels(images, x + 1, row), right) for row in (y, y + 1))
-        warped = _mix(over, under, down).astype(jnp.uint8)
-    else:
-        raise ValueError(f'sampling is "nearest" or "bilinear", not {sampling!r}')
+    # In units of 2**-16 pixels, like Pillow: where two pixels meet, both choose the same.
+    a, b, c = (jnp.floor(v * 2**16 + 0.5).astype(jnp.int32) for v in (a, b, c + (a + b) / 2))
+    place = (a * column + b * row + c) >> 16  # [B, 2, height, width]
     inside = ((place >= 0) & (place < size)).all(axis=1)
-    return jnp.where(inside[..., None], warped, jnp.uint8(fill))
+    return jnp.where(inside[..., None], _pixels(images, place[:, 0], place[:, 1]), jnp.uint8(fill))
 
 
 def _pixels(images: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -6,7 +6,6 @@ for it: a bin on the policy's scale, that `_ranges` turns into degrees, pixels o
 
 import dataclasses
 import difflib
-import math
 
 import jax
 import jax.numpy as jnp
@@ -133,20 +132,14 @@ class Policy:
             raise UserError(
                 f"unknown augmentation policy {self.name!r}: did you mean {near!r}? Known are {', '.join(POLICIES)}"
             )
-        _check("num_ops", self.num_ops, int, 1, math.inf, "a whole number of at least 1")
-        for field in ("magnitude", "magnitude_std"):
-            _check(field, getattr(self, field), int | float, 0, TOP_BIN, f"a number from 0 to {TOP_BIN}")
         if unknown := [name for name in self.only if name not in RANGED]:
             near = difflib.get_close_matches(str(unknown[0]), RANGED, 1, cutoff=0.0)[0]
             raise UserError(
                 f"unknown operation {unknown[0]!r} of an augmentation policy: did you mean {near!r}? "
                 f"Known are {', '.join(RANGED)}"
             )
-
-
-def _check(field: str, value, kind, least: float, most: float, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
-        raise UserError(f"{field}={value!r} is not allowed for an augmentation policy: it must be {allowed}")
+        if len(set(self.only)) < len(self.only):
+            raise UserError(f"an operation of an augmentation policy is named twice: {', '.join(self.only)}")
 
 
 def operations(policy: Policy) -> tuple[tuple[str, ...], ...]:

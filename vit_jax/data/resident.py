@@ -5,7 +5,11 @@ import numpy as np
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of epoch `epoch`: a permutation of range(size), int32 [N], fixed by seed and epoch alone."""
-    stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+    return _permutation(size, seed, epoch)
+
+
+def _permutation(size: int, *seeds: int) -> np.ndarray:
+    stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seeds)))
     return stream.permutation(size).astype(np.int32)  # RandomState: NumPy keeps its streams for ever
 
 
@@ -15,8 +19,8 @@ class BatchIndices:
     The epochs' permutations are laid end to end and cut into batches, so a batch may run on into the next epoch:
     over the run every picture is read equally often (within one), and no tail is dropped.
 
-    With `repeats` a batch of B reads B / repeats pictures, each as often, in as many identical stretches, so that
-    neighbours in the batch stay different pictures (repeated augmentation, Hoffer et al. 2020, arXiv 1901.09335).
+    With `repeats` a batch of B reads B / repeats pictures, each as often (repeated augmentation, Hoffer et al. 2020,
+    arXiv 1901.09335), in as many stretches. Each stretch has them in another order, for neighbours are mixed.
     """
 
     def __init__(self, seed: int, size: int, batch_size: int, repeats: int = 1):
@@ -32,7 +36,12 @@ class BatchIndices:
         self._orders = {e: known[e] if e in known else epoch_order(self.seed, e, self.size) for e in new}
         run = np.concatenate(list(self._orders.values()))
         offset = first * self.size
-        return np.tile(run[start - offset : stop - offset].reshape(count, self.batch_size), self.repeats)
+        batches = run[start - offset : stop - offset].reshape(count, self.batch_size)
+        return np.stack([self._repeated(batch, first_step + i) for i, batch in enumerate(batches)])
+
+    def _repeated(self, batch: np.ndarray, step: int) -> np.ndarray:
+        orders = [_permutation(len(batch), self.seed, step, stretch) for stretch in range(1, self.repeats)]
+        return np.concatenate([batch, *(batch[order] for order in orders)])
 
 
 def padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -81,13 +81,12 @@ class SelfAttention(nn.Module):
         if self.rotary:
             q, k = rotate(q, grid), rotate(k, grid)
         temperature: jax.Array | float = math.sqrt(heads[1])
-        if (
-            self.learned_temperature
-        ):  # Lee et al. 2021 (arXiv 2112.13492, section 3.2): sharper scores, one number a head
+        # Lee et al. 2021 (arXiv 2112.13492, section 3.2): sharper scores, and no token asks for what it knows already.
+        if self.learned_temperature:
             init = nn.initializers.constant(temperature)
             temperature = self.param("temperature", init, (self.num_heads,), jnp.float32)[:, None].astype(self.dtype)
         scores = jnp.einsum("bqhd,bkhd->bhqk", q / temperature, k, preferred_element_type=jnp.float32)
-        if self.mask_self:  # the same paper: what a token knows already is not asked for again
+        if self.mask_self:
             scores = jnp.where(jnp.eye(tokens, dtype=bool), -jnp.inf, scores)
         # Softmax, its division put off until after the product with v: that divides Dh numbers a query, not N.
         exps = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))  # [B, H, N, N]

@@ -213,6 +213,10 @@ class VisionTransformer(nn.Module):
                 f"position_embedding rotary splits a head's features in 4, and width {self.width} / num_heads "
                 f"{self.num_heads} is {self.width // self.num_heads}: allowed are multiples of 4"
             )
+        if self.mask_self and self.pool != "cls" and height * width == p * p:
+            raise UserError(
+                "mask_self leaves the one token of a one-patch image nothing to attend to: set mask_self=False"
+            )
         if self.stem == "shifted" and (p < 2 or min(height, width) < 2 * p):
             raise UserError(
                 f"stem shifted looks half a patch beyond each patch: images of {height}x{width} pixels are too small "

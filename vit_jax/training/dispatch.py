@@ -22,9 +22,9 @@ class Dispatcher:
       compile_seconds: what compiling took, or reading the program from the compilation cache.
     """
 
-    def __init__(self, task: Task, state: TrainState, train: Split, batch_size: int, repeats: int = 1):
+    def __init__(self, task: Task, state: TrainState, train: Split, batch_size: int):
         mesh = task.classifier.mesh
-        self._order = BatchIndices(task.seed, len(train.labels), batch_size, repeats)
+        self._order = BatchIndices(task.seed, len(train.labels), batch_size, task.augmentation.repeats)
         self._pictures = meshes.place((train.images, train.labels), mesh)
         self._table = np.zeros((TABLE_STEPS, batch_size), np.int32)
         started = time.monotonic()
@@ -35,7 +35,7 @@ class Dispatcher:
         self.compile_seconds = time.monotonic() - started
 
     def __call__(self, state: TrainState, first: int, stop: int) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Trains from step `first` to step `stop`, all on pictures of one size.
+        """Trains from step `first` to step `stop`, all of them on pictures of the size of the first.
 
         Gives the new state (the old one is gone) and a copy of its sums.
         """
@@ -44,7 +44,7 @@ class Dispatcher:
         return self._train_steps[self._size_at(first)](state, *self._pictures, table, np.int32(stop - first))
 
     def choose_steps_per_call(self, state: TrainState, step: int) -> int:
-        """How many steps take about two seconds here, TABLE_STEPS at most; measured on a copy of the state."""
+        """How many steps of the first size take about two seconds here, TABLE_STEPS at most; on a copy of the state."""
 
         def seconds(count: int) -> float:
             given_away = jax.block_until_ready(copy(state))

@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     print(f"{plan.total} steps of {config.train.batch_size} in {workdir}; {setup.protocol(config, splits)}")
     print("\n".join(notes + [f"going on from step {step}" if step else "from new weights"]), flush=True)
 
-    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size, config.augment.repeats)
+    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size)
     if not config.train.steps_per_call:
         config.train.steps_per_call = dispatch.choose_steps_per_call(state, step)
     runs.write_config(workdir, config, splits.train.class_names)
@@ -249,8 +249,10 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
     test = summarize(evaluate(state.params if state.ema is None else state.ema))
     best = best_row(run.metrics.rows) if run.selects else None
     speed = statistics.median(row["images_per_second"] for row in run.metrics.rows)
+    if run.plan.small:  # neither size's own speed says how long the run takes
+        speed = int(state.step) * run.config.train.batch_size / max(seconds, 1e-9)
     device, devices = jax.devices()[0].device_kind, run.classifier.mesh.size
-    peak = peak_flops(device)
+    peak, flops = peak_flops(device), None if run.plan.small else _training_flops(run.classifier)
     summary = {
         "test_accuracy": test["accuracy"],
         "test_accuracy_top5": test["accuracy_top5"],
@@ -263,7 +265,7 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "train_seconds": seconds,
         "compile_seconds": run.dispatch.compile_seconds,
         "images_per_second": speed,
-        "mfu": None if run.plan.small or not peak else speed * _training_flops(run.classifier) / (peak * devices),
+        "mfu": peak and flops and speed * flops / (peak * devices),
         "device": device,
         "protocol": setup.protocol(run.config, run.splits),
     }
@@ -278,8 +280,11 @@ def _draw_curves(run: Run) -> None:
         plots.curves(run.metrics.rows, run.workdir / "curves.png", run.workdir.name, measured_on)
 
 
-def _training_flops(classifier: Classifier) -> float:
+def _training_flops(classifier: Classifier) -> float | None:
+    """For one picture; None where the model has convolutions or patches that the formula does not count."""
     model = classifier.model
+    if model.stem != "patch" or model.mlp_conv:
+        return None
     patches = (classifier.image_size // model.patch_size) ** 2
     return training_flops(
         tokens=patches + (model.pool == "cls"),

@@ -36,7 +36,7 @@ def augmentation(config: ConfigDict, name: str, workdir: pathlib.Path, rows: int
     plan, _ = setup.make_plan(config, len(train.labels))
     task, _ = setup.make_task(config, setup.make_classifier(config, len(train.class_names), mesh), plan)
 
-    repeats = config.augment.repeats
+    repeats = task.augmentation.repeats
     batch = BatchIndices(task.seed, len(train.labels), config.train.batch_size, repeats)(0, 1)[0]
     rows = min(rows, len(batch) // repeats)
     images, labels = train.images[batch], train.labels[batch]

@@ -155,6 +155,8 @@ def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classif
 def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[Task, Any]:
     """The training task of a resolved config, and its schedule (step → learning rate)."""
     optim = config.optim
+    if plan.small:
+        classifier.model.check(config.augment.small_size, config.augment.small_size)
     schedule = make_schedule(optim.schedule, optim.learning_rate, plan.warmup, plan.total, optim.final_learning_rate)
     optimizer = make_optimizer(
         optim.name,
@@ -204,6 +206,7 @@ def make_augmentation(config: ConfigDict, plan: Plan) -> Augmentation:
         mean=tuple(config.data.mean),
         mixing=mixing,
         mix_steps=round(augment.mix_until * plan.total),
+        repeats=augment.repeats,
         small_size=augment.small_size,
         small_steps=plan.small,
     )

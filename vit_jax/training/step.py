@@ -49,11 +49,12 @@ class Augmentation:
       policy: None for none.
       mean: what erased boxes are filled with where `erasing_fill` is "mean", a number in 0..1 a channel.
       mixing: None for none; after `mix_steps` steps there is none any more.
+      repeats: times that a batch holds each of its pictures.
       small_size: side of the crops, pixels, in the first `small_steps` steps.
     """
 
     crop: str = "none"
-    padding: int = 1
+    padding: int = 0
     min_area: float = 1.0
     flip: bool = False
     policy: policies.Policy | None = None
@@ -63,6 +64,7 @@ class Augmentation:
     mean: tuple[float, ...] = ()
     mixing: mix.Mixing | None = None
     mix_steps: int = 0
+    repeats: int = 1
     small_size: int = 0
     small_steps: int = 0
 
