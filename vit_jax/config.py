@@ -130,7 +130,7 @@ FIELDS: dict[str, Field] = {
     "augment.crop": choice(
         "none", "random crop of the zero-padded picture, or of a random area resized", "none", "pad", "resized"
     ),
-    "augment.padding": whole(4, "zero padding on each side for crop=pad, pixels", maximum=256),
+    "augment.padding": whole(4, "zero padding on each side for crop=pad, pixels", minimum=0, maximum=256),
     "augment.small_size": whole(0, "side of the crops in the first part of the run, pixels; 0: the model's", minimum=0),
     "augment.small_until": probability(0.5, "share of the run that trains on augment.small_size"),
     "augment.min_area": Field(
