@@ -50,6 +50,6 @@ def get_config(variant=""):
     else:
         config.augment.update({"policy": "randaugment", "mixup": 0.8, "mix_until": 0.9})
         config.train.update({"batch_size": 512, "epochs": 600, "eval_every": 10})
-        config.optim.warmup_epochs = 10
+        config.optim.update({"learning_rate": 3e-3, "warmup_epochs": 10})
         config.checkpoint.every = 50
     return config

@@ -39,7 +39,7 @@ def get_config(variant=""):
         config.augment.update({"mixup": 0.8, "cutmix": 1.0, "mix_until": 0.9})
         config.train.update({"batch_size": 512, "epochs": 600, "eval_every": 10, "dtype": "bfloat16"})
         config.train.label_smoothing = 0.1
-        config.optim.update({"name": "muon", "learning_rate": 1e-2, "weight_decay": 0.05, "warmup_epochs": 10})
+        config.optim.update({"name": "muon", "learning_rate": 3e-3, "weight_decay": 0.05, "warmup_epochs": 10})
         config.optim.update({"momentum": 0.95, "b2": 0.98})
         config.ema.decay = 0.9995
         config.checkpoint.every = 50
