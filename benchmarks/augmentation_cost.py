@@ -16,8 +16,7 @@ import numpy as np
 from jax import lax
 from ml_collections import ConfigDict
 
-from vit_jax import config as configs
-from vit_jax import errors
+from vit_jax import command_line, errors
 from vit_jax.data.cache import Split, channel_statistics
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup
@@ -34,7 +33,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=5, help="training steps a measurement (default: 5)")
     parser.add_argument("--rounds", type=int, default=5, help="measurements (default: 5)")
     args, rest = parser.parse_known_args(arguments)
-    config, name = configs.parse(args.config, configs.overrides_in(rest))
+    config, name = command_line.parse(args.config, command_line.overrides_in(rest))
     batch = config.train.batch_size
     split = made_up(max(PICTURES, batch), args.size, args.classes)
     task = make_task(config, split)

@@ -34,8 +34,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from vit_jax import command_line, errors
 from vit_jax import config as configs
-from vit_jax import errors
 from vit_jax.errors import UserError
 from vit_jax.training import writers
 
@@ -80,10 +80,10 @@ def slug(recipe: str) -> str:
 
 def make_sweep(args: argparse.Namespace, common: list[str], recipes: Sequence[str]) -> Sweep:
     """The sweep that the arguments name; every config in it is known to be right, and nothing is written yet."""
-    base, name = configs.parse(args.config, common)
+    base, name = command_line.parse(args.config, common)
     if not args.final and base.data.holdout == 0:
         common = [*common, f"--config.data.holdout={HOLDOUT}"]
-        base, _ = configs.parse(args.config, common)
+        base, _ = command_line.parse(args.config, common)
         print(f"data.holdout={HOLDOUT}: recipes are compared on a part of train, as the config holds none out")
     workdir = args.workdir or pathlib.Path("runs") / f"sweep-{name}{'-final' * args.final}"
     sweep = Sweep(workdir, args.config, common, args.final, dict.fromkeys(recipes, args.seeds), configs.to_dict(base))
@@ -95,7 +95,7 @@ def make_sweep(args: argparse.Namespace, common: list[str], recipes: Sequence[st
             raise UserError(f"recipe {recipe!r}: train.seed and data.holdout are the same for all recipes")
         try:
             for seed in range(args.seeds):
-                parsed[recipe, seed], _ = configs.parse(args.config, sweep.overrides(recipe, seed))
+                parsed[recipe, seed], _ = command_line.parse(args.config, sweep.overrides(recipe, seed))
         except UserError as error:
             raise UserError(f"recipe {recipe!r}: {error}") from error
     sweep = joined(sweep) if (workdir / "sweep.json").exists() else sweep
@@ -327,7 +327,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--final", action="store_true", help="measure a chosen recipe: no holdout added, test accuracy")
     parser.add_argument("--table", action="store_true", help="train nothing: gather and print what --workdir has")
     args, rest = parser.parse_known_args(arguments)
-    common = configs.overrides_in([x for x in rest if x.startswith("-")])
+    common = command_line.overrides_in([x for x in rest if x.startswith("-")])
     recipes = args.recipes + [x for x in rest if not x.startswith("-")]  # argparse leaves those after an override
     if args.table:
         if args.workdir is None or args.config or recipes or common or args.final:

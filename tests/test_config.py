@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from vit_jax import command_line
 from vit_jax import config as configs
 from vit_jax.augment.policies import POLICIES
 from vit_jax.errors import UserError
@@ -52,7 +53,7 @@ def test_every_field_has_a_meaning_and_a_default_that_passes_its_own_check(path)
     field = configs.FIELDS[path]
     assert len(field.meaning) > 10
     assert field.default is None and field.optional or field.check(field.default)
-    assert path in configs.field_help()
+    assert path in command_line.field_help()
 
 
 WRONG = {
@@ -69,7 +70,7 @@ def test_a_wrong_value_names_the_field_and_the_allowed_values(path, write):
     field = configs.FIELDS[path]
     for value in WRONG[field.kind]:
         with pytest.raises(UserError, match=re.escape(path)) as error:
-            configs.parse(write(GOOD), [f"--config.{path}={value}"])
+            command_line.parse(write(GOOD), [f"--config.{path}={value}"])
         assert field.allowed in str(error.value)
 
 
@@ -108,7 +109,7 @@ def test_a_wrong_value_names_the_field_and_the_allowed_values(path, write):
 )
 def test_wrong_overrides(override, words, write):
     with pytest.raises(UserError) as error:
-        configs.parse(write(GOOD), [f"--config.{override}"])
+        command_line.parse(write(GOOD), [f"--config.{override}"])
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -138,7 +139,7 @@ def test_wrong_overrides(override, words, write):
 )
 def test_fields_that_do_not_go_together(overrides, words, write):
     with pytest.raises(UserError) as error:
-        configs.parse(write(GOOD), [f"--config.{o}" for o in overrides])
+        command_line.parse(write(GOOD), [f"--config.{o}" for o in overrides])
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -150,25 +151,25 @@ def test_overrides_have_the_types_of_their_fields(write):
         "data.mean=[0, 0.5]",
         "data.std=(1,2)",
     ]
-    config, name = configs.parse(write(GOOD, "my.py"), [f"--config.{g}" for g in given])
+    config, name = command_line.parse(write(GOOD, "my.py"), [f"--config.{g}" for g in given])
     assert (config.train.steps_per_call, config.optim.learning_rate, config.model.qk_norm) == (7, 1.0, True)
     assert isinstance(config.optim.learning_rate, float) and config.data.mean == (0.0, 0.5)
     assert name == "my"
 
 
 def test_overrides_may_be_two_words_and_nothing_else_is_let_through():
-    assert configs.overrides_in(["--config.a.b", "3", "--config.c.d=4"]) == ["--config.a.b=3", "--config.c.d=4"]
+    assert command_line.overrides_in(["--config.a.b", "3", "--config.c.d=4"]) == ["--config.a.b=3", "--config.c.d=4"]
     with pytest.raises(UserError, match="--typo"):
-        configs.overrides_in(["--config.a.b=3", "--typo"])
+        command_line.overrides_in(["--config.a.b=3", "--typo"])
 
 
 @pytest.mark.parametrize("given, cleared", configs.EITHER.items())
 def test_giving_one_of_two_clears_the_other(given, cleared, write):
     body = f"def get_config():\n    config = default_config()\n    config.train.epochs = 2\n    config.{cleared} = 7\n"
     body += f"    config.{given} = None\n    return config\n"
-    config, _ = configs.parse(write(body), [f"--config.{given}=5"])
+    config, _ = command_line.parse(write(body), [f"--config.{given}=5"])
     assert configs.get(config, given) == 5 and configs.get(config, cleared) is None
-    config, _ = configs.parse(write(body), [f"--config.{given}=None"])  # which gives nothing
+    config, _ = command_line.parse(write(body), [f"--config.{given}=None"])  # which gives nothing
     assert configs.get(config, cleared) == 7
 
 
@@ -178,11 +179,11 @@ def test_variants(write):
         "    if variant not in ('', 'long'):\n        raise variant_error(variant, 'long')\n    return config\n"
     )
     path = write(body, "v.py")
-    assert configs.parse(f"{path}:long", [])[1] == "v-long"
+    assert command_line.parse(f"{path}:long", [])[1] == "v-long"
     with pytest.raises(UserError, match="'short'.*long"):
-        configs.parse(f"{path}:short", [])
+        command_line.parse(f"{path}:short", [])
     with pytest.raises(UserError, match="no variants"):
-        configs.parse(f"{write(GOOD)}:long", [])
+        command_line.parse(f"{write(GOOD)}:long", [])
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_variants(write):
 )
 def test_a_broken_config_file_is_the_users_error(body, words, write):
     with pytest.raises(UserError) as error:
-        configs.parse(write(body), [])
+        command_line.parse(write(body), [])
     assert all(word in str(error.value) for word in words), error.value
 
 
@@ -221,24 +222,24 @@ def test_a_config_may_import_its_neighbour(write):
     write(GOOD, "neighbour_of_a_config.py")
     body = "import neighbour_of_a_config\n\ndef get_config():\n    return neighbour_of_a_config.get_config()\n"
     before = list(sys.path)
-    assert configs.parse(write(body), [])[0].train.epochs == 2
+    assert command_line.parse(write(body), [])[0].train.epochs == 2
     assert sys.path == before
 
 
 def test_a_missing_config_file_names_the_nearest(write):
     path = write(GOOD, "digits.py")
     with pytest.raises(UserError, match=r"no config file.*digit\.py; did you mean .*digits\.py"):
-        configs.parse(path.replace("digits", "digit"), [])
+        command_line.parse(path.replace("digits", "digit"), [])
 
 
 def test_a_config_survives_json_and_differences_skip_what_may_change(write):
-    config, _ = configs.parse(write(GOOD), ["--config.data.mean=(0.1,0.2,0.3)", "--config.data.std=(1,1,1)"])
+    config, _ = command_line.parse(write(GOOD), ["--config.data.mean=(0.1,0.2,0.3)", "--config.data.std=(1,1,1)"])
     again = configs.from_dict(configs.to_dict(config))
     assert again == config and configs.differences(config, again) == []
     again.optim.learning_rate, again.train.epochs, again.data.dir, again.checkpoint.keep = 0.5, 3.0, "/else", 9
     differences = configs.differences(config, again)
     assert len(differences) == 2 and "train.epochs" in differences[0] and "0.5" in differences[1]
-    unset, _ = configs.parse(write(GOOD), [])  # mean and std to be filled in: no difference yet
+    unset, _ = command_line.parse(write(GOOD), [])  # mean and std to be filled in: no difference yet
     assert configs.differences(unset, config) == []
 
 
@@ -251,8 +252,8 @@ def test_a_stored_config_of_another_version_is_refused():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.name)
 def test_shipped_configs_are_right_and_say_how_to_run_them(path):
-    config, _ = configs.parse(str(path), [])
+    config, _ = command_line.parse(str(path), [])
     assert f"--config configs/{path.name}" in path.read_text()
     assert config.data.holdout == 0  # shipped configs train on all of train
     if ":reference" in path.read_text():
-        configs.parse(f"{path}:reference", [])
+        command_line.parse(f"{path}:reference", [])

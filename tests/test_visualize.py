@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import config as configs
+from vit_jax import command_line
 from vit_jax.data.load import load
 from vit_jax.data.resident import BatchIndices, epoch_order
 from vit_jax.training import dispatch, mesh, preview, setup, step
@@ -17,7 +17,7 @@ NAMES = ("cat", "dog", "sweet_pepper", "Egyptian cat, of the Nile")
 
 def digits_task(**fields):
     overrides = [f"--config.{k}={v}" for k, v in (SMALL | MIXED | fields).items()]
-    config, _ = configs.parse("configs/digits.py", overrides)
+    config, _ = command_line.parse("configs/digits.py", overrides)
     devices, train = mesh.make_mesh(1), load("digits", "train")
     config = setup.resolve_data(setup.resolve_model(config), train, devices)
     plan, _ = setup.make_plan(config, len(train.labels))

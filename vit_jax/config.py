@@ -1,18 +1,11 @@
 """Every field of a config, in one place: its meaning, unit, default and check.
 
-A config is an `ml_collections.ConfigDict` with the groups below. A config file defines `get_config(variant="")`,
-which starts from `default_config()`; `--config.GROUP.FIELD=VALUE` overrides a field. `None` means "not set".
+A config is an `ml_collections.ConfigDict` with the groups below; `None` means "not set". `command_line.py` reads it.
 """
 
-import ast
 import dataclasses
 import difflib
-import importlib.util
-import inspect
-import pathlib
-import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -242,110 +235,6 @@ def variant_error(variant: str, *known: str) -> UserError:
     return UserError(f"unknown variant {variant!r} of this config; known: {', '.join(known)} (or none)")
 
 
-# Reading a config
-
-
-def parse(argument: str, overrides: Sequence[str]) -> tuple[ConfigDict, str]:
-    """Reads `FILE.py[:variant]` and `--config.FIELD=VALUE` overrides; returns the checked config and its name.
-
-    Raises:
-      UserError: the file, an override or the config as a whole is wrong.
-    """
-    filename, _, variant = argument.partition(":")
-    config = _load_file(pathlib.Path(filename), variant)
-    given = dict(_split_override(override) for override in overrides)
-    for path, value in given.items():
-        other = EITHER.get(path)
-        if other in given and value is not None and given[other] is not None:
-            raise UserError(f"--config.{path} and --config.{other} are both given: give one")
-        put(config, path, _checked(path, FIELDS[path], value))
-        if other is not None and value is not None and other not in given:
-            put(config, other, None)
-    check(config)
-    return config, pathlib.Path(filename).stem + (f"-{variant}" if variant else "")
-
-
-def _load_file(path: pathlib.Path, variant: str) -> ConfigDict:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py") if p.is_file()], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"no config file {path}{hint}")
-    spec = importlib.util.spec_from_file_location(f"vit_jax_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config file {path} is not a Python file (its name must end in .py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # as for a script: a config may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-        get_config = module.get_config
-        takes_variant = bool(inspect.signature(get_config).parameters)
-        if variant and not takes_variant:
-            raise UserError(f"config file {path} has no variants, so {path}:{variant} is none")
-        config = get_config(variant) if takes_variant else get_config()
-    except UserError:
-        raise
-    except SyntaxError as error:
-        where = f", line {error.lineno}" if error.lineno else ""
-        raise UserError(f"config file {path}{where}: {error.msg}") from error
-    except (Exception, SystemExit) as error:  # a config is the user's own Python: whatever it raises is wrong input
-        frames = [f for f in traceback.extract_tb(sys.exc_info()[2]) if f.filename == str(path.resolve())]
-        frames = frames or [f for f in traceback.extract_tb(sys.exc_info()[2]) if f.filename == str(path)]
-        where = f", line {frames[-1].lineno}" if frames else ""
-        message = str(error.args[0] if error.args else error)
-        raise UserError(f"config file {path}{where}: {type(error).__name__}: {message}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"config file {path}: get_config must return a ConfigDict, not {type(config).__name__}")
-    return config
-
-
-def overrides_in(arguments: Sequence[str]) -> list[str]:
-    """The `--config.FIELD=VALUE` (or `--config.FIELD VALUE`) in what the parser left; UserError for anything else."""
-    overrides: list[str] = []
-    for argument in arguments:
-        if argument.startswith("--config."):
-            overrides.append(argument)
-        elif overrides and "=" not in overrides[-1]:
-            overrides[-1] += f"={argument}"
-        else:
-            raise UserError(f"unknown argument {argument!r} (see --help)")
-    return overrides
-
-
-def field_help() -> str:
-    """A line a field, for --help."""
-    lines = []
-    for path, field in FIELDS.items():
-        default = "unset" if field.default is None else repr(field.default)
-        allowed = "" if field.kind in (str, bool) and not field.allowed.startswith("one of") else f" ({field.allowed})"
-        lines.append(f"  --config.{path:<28} {field.meaning}{allowed} [{default}]")
-    return "\n".join(lines)
-
-
-def _split_override(override: str) -> tuple[str, Any]:
-    path, equals, value = override.removeprefix("--config.").partition("=")
-    if path not in FIELDS:
-        raise _unknown(path)
-    if not equals:
-        raise UserError(f"--config.{path} needs a value: --config.{path}=VALUE")
-    return path, _parse_value(path, value)
-
-
-def _parse_value(path: str, value: str) -> Any:
-    field = FIELDS[path]
-    if value == "None" and field.optional:
-        return None
-    if field.kind is str:
-        return value
-    if field.kind is bool and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return value  # of the wrong type: `check` says so
-
-
 # Checking a config
 
 
@@ -357,13 +246,13 @@ def check(config: ConfigDict) -> None:
     """
     for path in [f"{group}.{name}" for group, fields in config.items() for name in _names(group, fields)]:
         if path not in FIELDS:
-            raise _unknown(path)
+            raise unknown(path)
     for path, field in FIELDS.items():
         try:
             value = get(config, path)
         except KeyError:
             raise UserError(f"the config lacks the field {path}: it must start from default_config()") from None
-        put(config, path, _checked(path, field, value))
+        put(config, path, checked(path, field, value))
     model, data, train, optim = config.model, config.data, config.train, config.optim
     if (train.epochs is None) == (train.steps is None):
         raise UserError("set one of train.epochs and train.steps")
@@ -429,12 +318,12 @@ def _names(group: str, fields: Any) -> list[str]:
     return list(fields)
 
 
-def _unknown(path: str) -> UserError:
+def unknown(path: str) -> UserError:
     near = difflib.get_close_matches(path, FIELDS, 1, cutoff=0.0)[0]
     return UserError(f"unknown config field {path!r}; the nearest is {near!r}")
 
 
-def _checked(path: str, field: Field, value: Any) -> Any:
+def checked(path: str, field: Field, value: Any) -> Any:
     if value is None and field.optional:
         return None
     given = value

@@ -6,8 +6,7 @@
 import argparse
 import pathlib
 
-from vit_jax import config as configs
-from vit_jax import errors
+from vit_jax import command_line, errors
 
 MOST_ROWS = 100
 
@@ -23,7 +22,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, help="where figures/ goes (default: runs/<config name>)")
     parser.add_argument("--rows", type=_rows, default=8, help=f"pictures, 1 to {MOST_ROWS} (default: 8)")
     args, rest = parser.parse_known_args(arguments)
-    print(DRAWINGS[args.what](args, configs.overrides_in(rest)))
+    print(DRAWINGS[args.what](args, command_line.overrides_in(rest)))
 
 
 def _rows(text: str) -> int:
@@ -35,7 +34,7 @@ def _rows(text: str) -> int:
 def augmentation(args: argparse.Namespace, overrides: list[str]) -> pathlib.Path:
     if args.config is None:
         raise errors.UserError("--what augmentation needs --config: --config configs/digits.py (see --help)")
-    config, name = configs.parse(args.config, overrides)
+    config, name = command_line.parse(args.config, overrides)
 
     from vit_jax.training import preview  # after the config is known to be right: it takes seconds
 

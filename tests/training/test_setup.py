@@ -9,7 +9,8 @@ import pytest
 
 from vit_jax.augment.mix import Mixing
 from vit_jax.augment.policies import Policy
-from vit_jax.config import default_config, parse
+from vit_jax.command_line import parse
+from vit_jax.config import default_config
 from vit_jax.data.load import Split, Splits
 from vit_jax.errors import UserError
 from vit_jax.training import mesh, setup

@@ -113,7 +113,7 @@ def warp(images: jax.Array, matrices: jax.Array, fill: int) -> jax.Array:
     `matrices` [B, 2, 3] take x to the right and y down, centres of pixels at halves. Places outside the picture show
     `fill`. Right while no place is further than 2**15 pixels off.
     """
-    height, width = images.shape[1:3]
+    batch, height, width, channels = images.shape
     column, row = jnp.arange(width), jnp.arange(height)[:, None]
     size = jnp.array([width, height])[:, None, None]
     a, b, c = jnp.moveaxis(matrices, 2, 0)[..., None, None]  # [B, 2, 1, 1] each
@@ -121,15 +121,10 @@ def warp(images: jax.Array, matrices: jax.Array, fill: int) -> jax.Array:
     a, b, c = (jnp.floor(v * 2**16 + 0.5).astype(jnp.int32) for v in (a, b, c + (a + b) / 2))
     place = (a * column + b * row + c) >> 16  # [B, 2, height, width]
     inside = ((place >= 0) & (place < size)).all(axis=1)
-    return jnp.where(inside[..., None], _pixels(images, place[:, 0], place[:, 1]), jnp.uint8(fill))
-
-
-def _pixels(images: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The pixels at columns `x` and rows `y`, both [B, height, width]; outside the picture, those at its edge."""
-    batch, height, width, channels = images.shape
-    place = jnp.clip(y, 0, height - 1) * width + jnp.clip(x, 0, width - 1)
-    flat, place = images.reshape(batch, -1, channels), place.reshape(batch, -1, 1)
-    return jnp.take_along_axis(flat, place, axis=1, mode="promise_in_bounds").reshape(images.shape)
+    x, y = jnp.moveaxis(jnp.clip(place, 0, size - 1), 1, 0)  # outside any pixel will do
+    flat, index = images.reshape(batch, -1, channels), (y * width + x).reshape(batch, -1, 1)
+    warped = jnp.take_along_axis(flat, index, axis=1, mode="promise_in_bounds").reshape(images.shape)
+    return jnp.where(inside[..., None], warped, jnp.uint8(fill))
 
 
 def _mix(first: jax.Array, second: jax.Array, share: jax.Array) -> jax.Array:

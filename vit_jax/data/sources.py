@@ -294,12 +294,11 @@ def from_tfds(name: str, data_dir: pathlib.Path, image_size: int | None) -> dict
 
 def _tfds_pictures(tfds: Any, builder: Any, split: str, image_size: int | None) -> Pictures:
     """Opens one prepared split; pictures stay encoded until they are read."""
-    try:
-        source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except (NotImplementedError, ValueError) as error:
+    if not builder.info.available_file_formats() & tfds.core.FileFormat.with_random_access():
         raise UserError(
             f"{builder.data_path} is not in tfds's array_record format: remove it, or choose another data_dir"
-        ) from error
+        )
+    source = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
     def fetch(indices: range) -> list[tuple[Encoded, int, str]]:
         examples = source.__getitems__(list(indices))  # several times faster than one by one
