@@ -6,6 +6,7 @@ Made-up pictures, --size pixels a side in --classes classes; both are timed in t
 inside a compiled loop as in training, and the medians are printed.
 """
 
+import argparse
 import functools
 import statistics
 import time
@@ -28,10 +29,10 @@ PICTURES = 2048  # at least a batch
 def main(arguments: list[str]) -> None:
     parser = errors.ArgumentParser(prog="python benchmarks/augmentation_cost.py", description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE.py[:VARIANT]")
-    parser.add_argument("--size", type=int, default=32, help="side of the stored pictures (default: 32)")
-    parser.add_argument("--classes", type=int, default=10, help="number of classes (default: 10)")
-    parser.add_argument("--steps", type=int, default=5, help="training steps a measurement (default: 5)")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements (default: 5)")
+    parser.add_argument("--size", type=_count, default=32, help="side of the stored pictures (default: 32)")
+    parser.add_argument("--classes", type=_count, default=10, help="number of classes (default: 10)")
+    parser.add_argument("--steps", type=_count, default=5, help="training steps a measurement (default: 5)")
+    parser.add_argument("--rounds", type=_count, default=5, help="measurements (default: 5)")
     args, rest = parser.parse_known_args(arguments)
     config, name = command_line.parse(args.config, command_line.overrides_in(rest))
     batch = config.train.batch_size
@@ -55,6 +56,12 @@ def main(arguments: list[str]) -> None:
         f"{name}, {batch} pictures of {args.size} px on {jax.devices()[0].device_kind}: augmentation {one:.2f} ms, "
         f"training step {whole:.1f} ms: {one / whole:.1%}"
     )
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def made_up(count: int, size: int, classes: int) -> Split:

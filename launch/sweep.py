@@ -93,6 +93,8 @@ def make_sweep(args: argparse.Namespace, common: list[str], recipes: Sequence[st
     for recipe in recipes:
         if any(override.startswith(("train.seed=", "data.holdout=")) for override in recipe.split()):
             raise UserError(f"recipe {recipe!r}: train.seed and data.holdout are the same for all recipes")
+        if parts := [override for override in recipe.split() if "=" not in override]:
+            raise UserError(f"recipe {recipe!r}: {parts[0]!r} is not FIELD=VALUE (a value must not hold blanks)")
         try:
             for seed in range(args.seeds):
                 parsed[recipe, seed], _ = command_line.parse(args.config, sweep.overrides(recipe, seed))
@@ -314,7 +316,9 @@ def draw(sweep: Sweep, table: Sequence[Row], runs: Sequence[Row]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3)
     title = f"{measure(sweep)} of the last step in %, best first"
-    figure.legend(loc="outside lower left", frameon=False, title=title, alignment="left")
+    legend = figure.legend(loc="outside lower left", frameon=False, title=title, alignment="left")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a recipe may hold $
     figure.savefig(sweep.workdir / "sweep.png", dpi=120)
 
 

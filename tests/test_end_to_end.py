@@ -341,6 +341,8 @@ def test_a_text_file_named_jpg(pictures, commands, tmp_path):
         ({"augment__mixup": 1, "train__batch_size": 1}, ["train.batch_size=1", "mix"]),
         ({"augment__repeats": 3}, ["train.batch_size=64", "augment.repeats=3"]),
         ({"model__stem": "shifted", "model__patch_size": 8}, ["8x8", "too small"]),
+        ({"augment__small_size": 2, "augment__crop": "pad", "data__image_size": 32}, ["small_size=2", "8x8"]),
+        ({"data__mean": "(1e999,)"}, ["data.mean=(inf,)", "from 0 to 1"]),
         ({"augment__small_size": 8, "augment__crop": "pad"}, ["augment.small_size=8", "data.image_size=8"]),
         ({"data__mean": "(0.5,0.5)", "data__std": "(1,1)"}, ["data.mean", "1"]),
     ],

@@ -31,7 +31,7 @@ def whole(default: int | None, meaning: str, minimum: int = 1, maximum: int = 2*
 
 
 def names(meaning: str) -> Field:
-    return Field((), tuple, meaning, "texts", lambda v: all(isinstance(x, str) for x in v))
+    return Field((), tuple, meaning, "texts in brackets, as ('a','b')", lambda v: all(isinstance(x, str) for x in v))
 
 
 def probability(default: float, meaning: str) -> Field:
@@ -115,10 +115,14 @@ FIELDS: dict[str, Field] = {
     "data.skip_unreadable": switch(False, "leave out a folder's unreadable pictures (they are listed), or stop"),
     "data.mean": numbers(
         "a mean a channel, in [0, 1]; empty: the training pictures' own; 0.5 with deviation 0.5: inputs in [-1, 1]",
-        lambda x: True,
-        "numbers",
+        lambda x: 0 <= x <= 1,
+        "numbers from 0 to 1 in brackets, as (0.5,0.5,0.5)",
     ),
-    "data.std": numbers("a deviation a channel; empty: the training pictures' own", lambda x: x > 0, "numbers above 0"),
+    "data.std": numbers(
+        "a deviation a channel; empty: the training pictures' own",
+        lambda x: 0 < x < float("inf"),
+        "numbers above 0 in brackets, as (0.5,0.5,0.5)",
+    ),
     # What training pictures go through, on the device.
     "augment.crop": choice(
         "none", "random crop of the zero-padded picture, or of a random area resized", "none", "pad", "resized"
@@ -206,7 +210,7 @@ EITHER = {
 # Filled in from the data, or measured, where they are left at these defaults.
 AUTOMATIC = ("data.image_size", "data.mean", "data.std", "train.steps_per_call")
 # Their pictures mean something else when mirrored.
-SYMBOLS = ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist", "tfds:emnist", "tfds:kmnist")
+SYMBOLS = ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist", "tfds:mnist_corrupted", "tfds:emnist", "tfds:kmnist")
 # Where and how a run runs: these may change between its start and its resume.
 CHANGEABLE = ("mesh.", "data.dir", "checkpoint.")
 
@@ -264,7 +268,7 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}")
     if data.image_size and model.patch_size and data.image_size % model.patch_size:
         raise UserError(f"data.image_size={data.image_size} is not divisible by model.patch_size={model.patch_size}")
-    if config.augment.flip and data.name in SYMBOLS:
+    if config.augment.flip and data.name.split("/")[0] in SYMBOLS:
         raise UserError(f"augment.flip=True would mirror the symbols of {data.name}: set augment.flip=False")
     _check_augment(config)
     if optim.final_learning_rate > optim.learning_rate:
@@ -286,7 +290,10 @@ def _check_augment(config: ConfigDict) -> None:
         ("operations", ("randaugment", "trivialaugment")),
     ):
         if augment[field] != FIELDS[f"augment.{field}"].default and augment.policy not in ("none", *policies):
-            raise UserError(f"augment.{field} is for augment.policy={' or '.join(policies)}, not {augment.policy}")
+            raise UserError(
+                f"augment.{field}={augment[field]} is for augment.policy={' or '.join(policies)}, not "
+                f"{augment.policy}: set augment.{field}={FIELDS[f'augment.{field}'].default}"
+            )
     _check_small_size(config)
     if batch_size % augment.repeats:
         raise UserError(f"train.batch_size={batch_size} is not divisible by augment.repeats={augment.repeats}")

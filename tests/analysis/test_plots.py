@@ -22,6 +22,12 @@ def where(sheet, tile):
     return [(y, x) for y, x in corners if np.array_equal(sheet[y : y + h, x : x + w], tile)]
 
 
+def test_a_run_may_be_called_anything(tmp_path):
+    row = dict.fromkeys(("train_accuracy", "ema_val_accuracy")) | {"epoch": 1.0, "train_loss": 1.0, "val_loss": 1.0}
+    plots.curves([row | {"val_accuracy": 0.1}], tmp_path / "curves.png", "a $_$ ü", "test")
+    assert (tmp_path / "curves.png").exists()
+
+
 def test_a_curve_of_one_point_is_seen(tmp_path):
     """Of thirty rows only the last has a training accuracy, the others' labels being mixed."""
     empty = dict.fromkeys(("val_loss", "ema_val_accuracy", "train_accuracy")) | {"val_accuracy": 0.1}

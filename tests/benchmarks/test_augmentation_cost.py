@@ -8,6 +8,12 @@ import sys
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+def test_counts_are_whole_numbers():
+    call = [sys.executable, "benchmarks/augmentation_cost.py", "--config", "configs/cifar10_vit.py", "--steps", "0"]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "--steps: '0' is not a whole number" in done.stderr
+
+
 def test_both_times_are_printed(commands):
     small = ["width=16", "depth=1", "num_heads=2", "mlp_dim=16"]
     call = [sys.executable, "benchmarks/augmentation_cost.py", "--config", "configs/cifar10_vit.py", "--steps", "2"]

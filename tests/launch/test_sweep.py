@@ -154,6 +154,8 @@ def test_folders_are_readable_and_differ():
         (["", "modle.stem=conv"], r"recipe 'modle.stem=conv': unknown config field .* 'model.stem'"),
         (["", "model.stem=wrong"], "recipe 'model.stem=wrong': model.stem='wrong' is not allowed"),
         (["", "data.holdout=0"], "are the same for all recipes"),
+        (["augment.policy=randaugment augment.operations=('foo',)"], "'foo'"),
+        (["augment.operations=('rotate', 'color')"], "is not FIELD=VALUE .a value must not hold blanks"),
         (["train.seed=3"], "are the same for all recipes"),
         (["", "--config.train.seed=3"], "train.seed is what --seeds counts"),
         (["", "--config.model.width"], "needs a value"),

@@ -527,7 +527,7 @@ def dropouts(model, params):
     return sites
 
 
-@pytest.mark.parametrize("rate, dropped", [(0.1, 26 / 256), (0.5, 0.5), (0.9, 230 / 256)])
+@pytest.mark.parametrize("rate, dropped", [(0.1, 26 / 256), (0.5, 0.5), (0.9, 230 / 256), (0.999, 255 / 256)])
 def test_dropout_drops_its_rate_and_keeps_the_mean(rate, dropped):
     dropout = Dropout(rate, deterministic=False)
     x = jnp.full((50, 30, 67), 3.0)  # 67: not a whole number of words of four draws

@@ -33,6 +33,16 @@ def saved(checkpoints, *steps, scores=None):
     checkpoints.finish_writing()
 
 
+def test_one_process_alone_writes(checkpoints, tmp_path):
+    saved(checkpoints, 1)
+    with pytest.raises(UserError, match=f"another process trains in {tmp_path}"):
+        Checkpoints(tmp_path)
+    with contextlib.closing(Checkpoints(tmp_path, read_only=True)) as reading:
+        assert reading.steps() == [1]
+    checkpoints.close()
+    Checkpoints(tmp_path).close()
+
+
 @pytest.mark.parametrize("ema", [True, False])
 def test_the_whole_state_comes_back_bit_for_bit(checkpoints, ema):
     state = state_of(7, ema)

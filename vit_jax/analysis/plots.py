@@ -43,7 +43,7 @@ def curves(rows: Sequence[Mapping[str, float | None]], path: pathlib.Path, title
         axes.grid(alpha=0.3)
         axes.legend()
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=120)
 
 

@@ -42,9 +42,9 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dropped = round(256 * self.rate)
-        if self.deterministic or dropped == 0:
+        if self.deterministic or self.rate == 0:
             return x
+        dropped = min(max(round(256 * self.rate), 1), 255)
         *outer, last = x.shape
         words = jax.random.bits(self.make_rng("dropout"), (*outer, -(-last // 4)), jnp.uint32)
         draws = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*outer, -1)[..., :last]  # 0..255

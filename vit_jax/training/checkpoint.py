@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -28,6 +29,7 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int = 2, read_only: bool = False):
         logging.set_verbosity(logging.ERROR)  # orbax warns of its ordinary doings
         self.folder = workdir / "checkpoints"
+        self._lock = None if read_only else _lock(self.folder)
         best = keep_policy.BestN(get_metric_fn=_rank, n=1)
         policy = keep_policy.AnyPreservationPolicy(policies=[keep_policy.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
@@ -110,6 +112,9 @@ class Checkpoints:
     def close(self) -> None:
         self.finish_writing()
         self._manager.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _check_files(self, step: int) -> None:
         """Raises UserError where a file is not as it was written, unless its writer was killed before it said how."""
@@ -181,3 +186,23 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(str(getattr(k, "key", k)) for k in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _lock(folder: pathlib.Path) -> int | None:
+    """Keeps other processes from writing in `folder`, until the descriptor that it returns is closed.
+
+    Raises:
+      UserError: another process does so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"another process trains in {folder.parent}: wait for it, or give another --workdir") from None
+    except (ImportError, OSError):  # a system or a network disk without locks
+        return None
+    return descriptor

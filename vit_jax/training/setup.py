@@ -67,7 +67,7 @@ def resolve_model(config: ConfigDict) -> ConfigDict:
     """A copy of the config in which the preset has filled the model's unset fields.
 
     Raises:
-      UserError: the preset is unknown, or a field stays unset.
+      UserError: the preset or an operation of the policy is unknown, or a field stays unset.
     """
     config = config.copy_and_resolve_references()
     shape = preset(config.model.preset) if config.model.preset else {}
@@ -76,6 +76,7 @@ def resolve_model(config: ConfigDict) -> ConfigDict:
             if name not in shape:
                 raise UserError(f"model.{name} is not set: set it, or model.preset")
             config.model[name] = shape[name]
+    make_policy(config)
     return config
 
 
@@ -96,7 +97,14 @@ def resolve_data(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
             put(config, f"data.{name}", getattr(train, name))
         if len(get(config, f"data.{name}")) != channels:
             raise UserError(f"data.{name} needs {channels} numbers, one a channel of {config.data.name}")
+        if name == "std" and 0 in config.data.std:
+            raise UserError(f"the training pictures of {config.data.name} are of one colour: set data.std")
     check(config)
+    small, size = config.augment.small_size, config.data.image_size
+    if small and min(height, width) * small < size:
+        raise UserError(
+            f"augment.small_size={small} of data.image_size={size} is less than a pixel of {height}x{width} pictures"
+        )
     devices = mesh.size
     if part_size(config) % devices:
         of = f" / optim.accumulate={config.optim.accumulate}" if config.optim.accumulate > 1 else ""
@@ -178,14 +186,20 @@ def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[T
     return task, schedule
 
 
-def make_augmentation(config: ConfigDict, plan: Plan) -> Augmentation:
-    """What the training pictures of a resolved config go through; UserError for an unknown operation."""
+def make_policy(config: ConfigDict) -> Policy | None:
+    """The learned or random operations of a config; UserError for one that is unknown."""
     augment = config.augment
-    policy = mixing = None
-    if augment.policy != "none":
-        policy = Policy(
-            augment.policy, augment.num_ops, augment.magnitude, augment.magnitude_std, only=tuple(augment.operations)
-        )
+    if augment.policy == "none":
+        return None
+    return Policy(
+        augment.policy, augment.num_ops, augment.magnitude, augment.magnitude_std, only=tuple(augment.operations)
+    )
+
+
+def make_augmentation(config: ConfigDict, plan: Plan) -> Augmentation:
+    """What the training pictures of a resolved config go through."""
+    augment = config.augment
+    mixing = None
     if augment.mixup or augment.cutmix:
         mixing = Mixing(
             mixup=augment.mixup,
@@ -199,7 +213,7 @@ def make_augmentation(config: ConfigDict, plan: Plan) -> Augmentation:
         padding=augment.padding,
         min_area=augment.min_area,
         flip=augment.flip,
-        policy=policy,
+        policy=make_policy(config),
         crop_paste=augment.crop_paste,
         erasing=augment.erasing,
         erasing_fill=augment.erasing_fill,
