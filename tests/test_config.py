@@ -62,6 +62,7 @@ WRONG = {
     bool: ["perhaps", "1"],
     tuple: ["red", "3", "(1, None)"],
     str: [],
+    (str, tuple): ["()", "3", "(('a',),)", "('head',)", "((1,'a'),)"],
 }
 
 

@@ -18,7 +18,7 @@ class Field:
     """One field: default, type, whether None is allowed, what it means, and which values are allowed."""
 
     default: Any
-    kind: type
+    kind: type | tuple[type, ...]
     meaning: str
     allowed: str
     check: Callable[[Any], bool]
@@ -52,8 +52,9 @@ def positive(default: float | None, meaning: str) -> Field:
     return Field(default, float, meaning, allowed, lambda v: 0 < v < float("inf"), optional=default is None)
 
 
-def choice(default: str, meaning: str, *options: str) -> Field:
-    return Field(default, str, meaning, "one of " + ", ".join(options), lambda v: v in options)
+def choice(default: str | None, meaning: str, *options: str) -> Field:
+    allowed = "one of " + ", ".join(options)
+    return Field(default, str, meaning, allowed, lambda v: v in options, optional=default is None)
 
 
 def text(default: str | None, meaning: str) -> Field:
@@ -66,6 +67,10 @@ def switch(default: bool, meaning: str) -> Field:
 
 def numbers(meaning: str, check: Callable[[float], bool], allowed: str) -> Field:
     return Field((), tuple, meaning, allowed, lambda v: all(isinstance(x, float) and check(x) for x in v))
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and tuple(map(type, value)) == (str, float)
 
 
 FIELDS: dict[str, Field] = {
@@ -88,17 +93,28 @@ FIELDS: dict[str, Field] = {
         "none",
     ),
     "model.stem": choice(
-        "patch",
-        "one convolution a patch, stride-2 3x3 convolutions, or patches beside their shifted selves (SPT)",
+        None,
+        "one convolution a patch (unset), stride-2 3x3 convolutions, patches beside their shifted selves (SPT), or a "
+        "ResNet as in the official hybrids",
         "patch",
         "conv",
         "shifted",
+        "resnet",
+    ),
+    "model.resnet_blocks": Field(
+        (),
+        tuple,
+        "units in each stage of the ResNet stem; empty: its root alone",
+        "whole numbers in brackets, as (3,4,9)",
+        lambda v: all(isinstance(x, int) and 0 < x < 100 for x in v),
     ),
     "model.dropout": fraction(0.0, "dropout rate, to 1/256, after the position embedding, attention and in the MLP"),
     "model.attention_dropout": fraction(0.0, "dropout rate, to 1/256, of the attention probabilities"),
     "model.drop_path": fraction(0.0, "stochastic depth: chance to skip the last block; linear from 0 at the first"),
-    "model.gelu": choice("tanh", "GELU by its tanh approximation, or exact", "tanh", "exact"),
-    "model.norm_epsilon": positive(1e-6, "epsilon of the layer norms"),
+    "model.gelu": choice(
+        None, "GELU by its tanh approximation, or exact; unset: as init.checkpoint says, else tanh", "tanh", "exact"
+    ),
+    "model.norm_epsilon": positive(None, "epsilon of the layer norms; unset: as init.checkpoint says, else 1e-6"),
     "model.layer_scale": real(0.0, "initial LayerScale of each residual branch; 0: none"),
     "model.qk_norm": switch(False, "layer-normalise queries and keys, head by head"),
     "model.learned_temperature": switch(False, "learn how sharp attention is, head by head (LSA)"),
@@ -112,14 +128,16 @@ FIELDS: dict[str, Field] = {
     "data.dir": text(None, "where data sets and their caches lie; unset: $TFDS_DATA_DIR or ~/tensorflow_datasets"),
     "data.holdout": fraction(0.0, "fraction of train that is held out for choices, class by class"),
     "data.image_size": whole(None, "side of the model's square input, pixels; unset: the data's own"),
+    "data.train_examples": whole(None, "train on this many pictures only, chosen class by class; unset: on all"),
     "data.skip_unreadable": switch(False, "leave out a folder's unreadable pictures (they are listed), or stop"),
     "data.mean": numbers(
-        "a mean a channel, in [0, 1]; empty: the training pictures' own; 0.5 with deviation 0.5: inputs in [-1, 1]",
+        "a mean a channel, in [0, 1]; empty: as init.checkpoint says, else the training pictures' own; 0.5 with "
+        "deviation 0.5: inputs in [-1, 1]",
         lambda x: 0 <= x <= 1,
         "numbers from 0 to 1 in brackets, as (0.5,0.5,0.5)",
     ),
     "data.std": numbers(
-        "a deviation a channel; empty: the training pictures' own",
+        "a deviation a channel; empty: as init.checkpoint says, else the training pictures' own",
         lambda x: 0 < x < float("inf"),
         "numbers above 0 in brackets, as (0.5,0.5,0.5)",
     ),
@@ -182,6 +200,7 @@ FIELDS: dict[str, Field] = {
     "optim.learning_rate": positive(1e-3, "peak learning rate"),
     "optim.weight_decay": real(0.0, "decay of matrices; not of biases, norms, cls and position embeddings"),
     "optim.momentum": fraction(0.9, "momentum of sgd and muon"),
+    "optim.momentum_dtype": choice("float32", "what momentum and first moments are kept in", "float32", "bfloat16"),
     "optim.b2": fraction(0.999, "decay of Adam's second moment (adamw, adam, and what muon leaves to AdamW)"),
     "optim.warmup_epochs": real(None, "linear warm-up from 0, epochs; or set optim.warmup_steps"),
     "optim.warmup_steps": whole(None, "linear warm-up from 0, steps; or set optim.warmup_epochs", minimum=0),
@@ -193,7 +212,19 @@ FIELDS: dict[str, Field] = {
     "ema.decay": fraction(0.0, "exponential moving average of the weights, a step; 0: none"),
     "checkpoint.every": positive(1.0, "epochs between checkpoints"),
     "checkpoint.keep": whole(2, "latest checkpoints kept (the best one besides)", minimum=2),
-    "init.checkpoint": text("", "start from these weights: another run's workdir"),
+    "init.checkpoint": text(
+        "", "start from these weights: a .npz or .safetensors file (a path or a URL), or another run's workdir"
+    ),
+    "init.skip": names("regexes of parameters that start new, and of arrays of init.checkpoint that are left out"),
+    "init.resample_patches": switch(False, "resample the patch embedding where init.checkpoint has another patch size"),
+    "init.multipliers": Field(
+        "full",
+        (str, tuple),
+        "what is trained: a preset, or pairs of a regex of parameters and what their learning rate is multiplied by, "
+        "first match wins, 0: frozen",
+        "full, head, mlp, attention, layers:DECAY as layers:0.75, or pairs as (('^head/',1),('.*',0))",
+        lambda v: isinstance(v, str) or v and all(map(_is_pair, v)),
+    ),
     # Devices.
     "mesh.data": Field(
         -1, int, "devices that share a batch; -1: all", "-1 or a whole number of at least 1", lambda v: v == -1 or v > 0
@@ -208,7 +239,7 @@ EITHER = {
     "optim.warmup_steps": "optim.warmup_epochs",
 }
 # Filled in from the data, or measured, where they are left at these defaults.
-AUTOMATIC = ("data.image_size", "data.mean", "data.std", "train.steps_per_call")
+AUTOMATIC = ("model.gelu", "model.norm_epsilon", "data.image_size", "data.mean", "data.std", "train.steps_per_call")
 # Their pictures mean something else when mirrored.
 SYMBOLS = ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist", "tfds:mnist_corrupted", "tfds:emnist", "tfds:kmnist")
 # Where and how a run runs: these may change between its start and its resume.
@@ -334,14 +365,18 @@ def checked(path: str, field: Field, value: Any) -> Any:
     if value is None and field.optional:
         return None
     given = value
-    if field.kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if field.kind is tuple and isinstance(value, list | tuple):
-        value = tuple(float(x) if isinstance(x, int) and not isinstance(x, bool) else x for x in value)
+    value = _plain(value, path != "model.resnet_blocks" and field.kind is not int)
     right_type = isinstance(value, field.kind) and (field.kind is bool or not isinstance(value, bool))
     if not right_type or not field.check(value):
         raise UserError(f"{path}={given!r} is not allowed: it must be {field.allowed}")
     return value
+
+
+def _plain(value: Any, floats: bool) -> Any:
+    """Lists as tuples, and where `floats` are wanted whole numbers as such."""
+    if isinstance(value, list | tuple):
+        return tuple(_plain(x, floats) for x in value)
+    return float(value) if floats and isinstance(value, int) and not isinstance(value, bool) else value
 
 
 # A run's own config

@@ -1,27 +1,54 @@
-"""Measures a run on its test pictures: python -m vit_jax.evaluate --workdir runs/digits"""
+"""Measures a run, or the weights that a config starts from, on test pictures.
+
+python -m vit_jax.evaluate --workdir runs/digits
+python -m vit_jax.evaluate --config configs/X.py --config.init.checkpoint=FILE --workdir DIR
+"""
 
 import pathlib
 
-from vit_jax import errors
+from vit_jax import command_line, errors
 
 
 def main(arguments: list[str]) -> None:
-    parser = errors.ArgumentParser(prog="python -m vit_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="the run's folder")
-    parser.add_argument("--checkpoint", default="last", metavar="last|best|STEP", help="the checkpoint (default: last)")
+    parser = errors.ArgumentParser(
+        prog="python -m vit_jax.evaluate",
+        description=__doc__,
+        epilog="With --config, its fields can be given as to vit_jax.main: --config.data.image_size=384",
+    )
+    parser.add_argument("--workdir", type=pathlib.Path, help="the run's folder; with --config: where the result goes")
+    parser.add_argument("--checkpoint", metavar="last|best|STEP", help="the run's checkpoint (default: last)")
     parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
+    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="measure its init.checkpoint, nothing trained")
     parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    overrides = command_line.overrides_in(rest)
+    if args.workdir is None and args.config is None:
+        parser.error("--workdir is needed: --workdir runs/digits")
+    if args.config is None and overrides:
+        parser.error(f"{overrides[0]} is for a --config: a run is measured as it was trained")
+    if args.config is not None and (args.checkpoint or args.weights):
+        parser.error("--checkpoint and --weights choose among a run's weights: leave --config out")
+    config = None
+    if args.config is not None:
+        config, name = command_line.parse(args.config, overrides)
+        config.data.dir = args.data_dir or config.data.dir
+        args.workdir = args.workdir or pathlib.Path("runs") / name
 
-    from vit_jax.training import evaluation
+    from vit_jax.training import evaluation  # after the arguments are known to be right: it takes seconds
     from vit_jax.training.writers import write_json
 
-    report = evaluation.evaluate(args.workdir, args.checkpoint, args.weights, args.data_dir)
+    if config is None:
+        report = evaluation.evaluate(args.workdir, args.checkpoint or "last", args.weights, args.data_dir)
+    else:
+        report, notes = evaluation.evaluate_start(config)
+        print("\n".join(notes), flush=True)
+    args.workdir.mkdir(parents=True, exist_ok=True)
     write_json(args.workdir / "evaluation.json", report)
+    measured = f"{report['weights']}" if config else f"{report['weights']} weights of step {report['checkpoint_step']}"
     print(
         f"accuracy {report['accuracy']:.2%}, top-5 {report['accuracy_top5']:.2%}, loss {report['loss']:.4f}, "
-        f"calibration error {report['ece']:.2%}: {report['examples']} pictures, {report['weights']} weights of step "
-        f"{report['checkpoint_step']}; {args.workdir / 'evaluation.json'}"
+        f"calibration error {report['ece']:.2%}: {report['examples']} pictures, {measured}; "
+        f"{args.workdir / 'evaluation.json'}"
     )
 
 

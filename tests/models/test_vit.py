@@ -358,6 +358,22 @@ def test_forward_pass_is_the_papers(fields):
         np.testing.assert_allclose(found, weights, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "fields", [dict(), dict(pool="gap"), dict(pool="seq"), dict(representation_size=16, dtype=jnp.bfloat16)], ids=str
+)
+def test_without_classes_comes_out_what_the_head_reads(fields):
+    model, params = make(**fields)
+    headless = model.clone(num_classes=0)
+    fresh = jax.eval_shape(lambda: headless.init(jax.random.key(0), jnp.asarray(IMAGES, jnp.float32), train=False))
+    body = {name: leaf for name, leaf in params["params"].items() if name != "head"}
+    assert jax.tree.structure(fresh["params"]) == jax.tree.structure(body)
+    features = apply(headless, {"params": body}, train=False)
+    assert features.shape == (5, model.representation_size or model.width) and features.dtype == jnp.float32
+    head = params["params"]["head"]
+    logits = np.float64(features) @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(apply(model, params, train=False), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
 def test_sincos_table():
     np.testing.assert_allclose(sincos2d((3, 5), 16), waves(3, 5, 16), atol=1e-6)
     assert len(np.unique(sincos2d((8, 8), 64), axis=0)) == 64  # no two places look alike

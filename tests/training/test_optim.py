@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax.contrib import MuonDimensionNumbers
 
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import optim
@@ -22,7 +23,7 @@ def params():
 
 
 def names(tree, wanted):
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=optim._is_axes)
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, MuonDimensionNumbers | None))
     return {optim.path_name(path) for path, leaf in leaves if wanted(leaf)}
 
 

@@ -72,26 +72,46 @@ def load_splits(
     data_dir: str | os.PathLike | None = None,
     *,
     holdout: float = 0.0,
+    train_examples: int | None = None,
     image_size: int | None = None,
     skip_unreadable: bool = False,
 ) -> Splits:
-    """Returns train, the stratified fraction `holdout` of it held out as validation, and test; raises like `load`."""
+    """Returns train, the stratified fraction `holdout` of it held out as validation, and test; raises like `load`.
+
+    With `train_examples`, train is as many of its pictures, chosen class by class; its statistics stay those of all.
+    """
     if not 0 <= holdout < 1:
         raise UserError(f"data.holdout is {holdout}: it must be at least 0 and less than 1")
     splits = _load(name, data_dir, image_size, skip_unreadable)
     train, test = splits["train"], splits.get("test")
-    if holdout == 0:
-        if test is None:
-            raise UserError(f"{name} has no test pictures: set data.holdout to hold some of train out")
-        return Splits(train, None, test)
+    if holdout == 0 and test is None:
+        raise UserError(f"{name} has no test pictures: set data.holdout to hold some of train out")
+    held = None
+    if holdout:
+        train, held = _parted(train, holdout)
+        if not len(held.labels):
+            count = len(splits["train"].labels)
+            raise UserError(
+                f"data.holdout {holdout} of {count} pictures holds none out: raise it; a class of one has none"
+            )
+    if train_examples is not None:
+        count, classes = len(train.labels), len(np.unique(train.labels))
+        if not classes <= train_examples <= count:
+            raise UserError(
+                f"data.train_examples is {train_examples}: there are {count} pictures of {classes} classes, "
+                "and each class needs one"
+            )
+        train = train if train_examples == count else _parted(train, train_examples / count)[1]
+    return Splits(train, held, test)
+
+
+def _parted(split: Split, fraction: float) -> tuple[Split, Split]:
+    """The split without the stratified fraction of it, and that fraction."""
     kept, held = (
-        dataclasses.replace(train, images=train.images[indices], labels=train.labels[indices])
-        for indices in stratified_split(train.labels, holdout)
+        dataclasses.replace(split, images=split.images[indices], labels=split.labels[indices])
+        for indices in stratified_split(split.labels, fraction)
     )
-    if not len(held.labels):
-        count = len(train.labels)
-        raise UserError(f"data.holdout {holdout} of {count} pictures holds none out: raise it; a class of one has none")
-    return Splits(kept, held, test)
+    return kept, held
 
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,8 @@ this parameter tree and needs no renaming:
     Transformer/encoderblock_{i}/MlpBlock_3/{Dense_0, Dense_1}
     Transformer/encoder_norm, pre_logits, head
 
+A hybrid's ResNet adds its own, named in `vit_jax.models.resnet`.
+
 Letters in the shape comments: B examples, N tokens, D width.
 """
 
@@ -26,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.models import stems
+from vit_jax.models import resnet, stems
 from vit_jax.models.blocks import Dropout, EncoderBlock
 
 Dtype = Any
@@ -93,7 +95,7 @@ class Encoder(nn.Module):
 CHOICES = {
     "pool": ("cls", "gap", "seq"),
     "position_embedding": ("learned", "sincos2d", "rotary", "none"),
-    "stem": ("patch", "conv", "shifted"),
+    "stem": ("patch", "conv", "shifted", "resnet"),
     "gelu": ("tanh", "exact"),
 }
 
@@ -102,11 +104,11 @@ class VisionTransformer(nn.Module):
     """Normalised float images [B, height, width, C] -> float32 logits [B, num_classes].
 
     Parameters are float32 whatever `dtype` computes; norms, softmax and logits are float32 too. A training pass needs
-    the rng "dropout" where a rate is above 0.
+    the rng "dropout" where a rate is above 0. `num_classes` 0: no head, what it would read comes out, [B, D].
     """
 
     num_classes: int
-    patch_size: int
+    patch_size: int  # side of a token's area in the image, pixels, whatever the stem
     width: int
     depth: int
     num_heads: int
@@ -114,6 +116,7 @@ class VisionTransformer(nn.Module):
     pool: str = "cls"
     position_embedding: str = "learned"
     stem: str = "patch"
+    resnet_blocks: tuple[int, ...] = ()  # units in each stage of stem resnet
     dropout: float = 0.0  # after the position embedding, after attention, twice in the MLP
     attention_dropout: float = 0.0  # on the attention weights
     drop_path: float = 0.0  # stochastic depth of the last block
@@ -133,7 +136,10 @@ class VisionTransformer(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         self.check(*images.shape[1:3])
         patch_size = self.patch_size
-        if self.stem != "patch":
+        if self.stem == "resnet":
+            images = resnet.resnet(images, self.resnet_blocks, self.norm_epsilon, self.dtype)
+            patch_size //= resnet.total_stride(self.resnet_blocks)
+        elif self.stem != "patch":
             images, patch_size = self.make_stem()(images), 1
         x = stems.PatchEmbedding(patch_size, self.width, self.dtype, name="embedding")(images)
         batch, rows, columns, width = x.shape
@@ -155,6 +161,8 @@ class VisionTransformer(nn.Module):
         x = self.pooled(x)  # [B, D]
         if self.representation_size:
             x = jnp.tanh(nn.Dense(self.representation_size, name="pre_logits")(x))
+        if not self.num_classes:
+            return x
         init = nn.initializers.zeros if self.head_zero_init else nn.initializers.lecun_normal()
         return nn.Dense(self.num_classes, kernel_init=init, name="head")(x)
 
@@ -226,6 +234,8 @@ class VisionTransformer(nn.Module):
             raise UserError(
                 f"stem conv halves the image log2(patch_size) times, patch_size is {p}: allowed are 2, 4, 8, ..."
             )
+        if self.stem == "resnet":
+            resnet.check(self.resnet_blocks, p)
 
 
 def divisors(number: int) -> str:

@@ -7,8 +7,10 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from vit_jax.errors import UserError
@@ -100,6 +102,20 @@ class Checkpoints:
         if wrong:
             raise UserError(f"the weights in {self.folder / str(step)} do not fit this model: {'; '.join(wrong)}")
         return self._restore(step, {name: like})[name]
+
+    def read_weights(self, step: int, name: str) -> dict[str, np.ndarray]:
+        """The tree "params" or "ema" of `step` as it is there: path → array.
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = {
+            tuple(path.split("/")): jax.ShapeDtypeStruct(shape, np.float32, sharding=here)
+            for path, shape in self._item_shapes(step, name).items()
+        }
+        tree = self._restore(step, {name: traverse_util.unflatten_dict(shapes)})[name]
+        return jax.device_get(traverse_util.flatten_dict(tree, sep="/"))
 
     def finish_writing(self) -> None:
         """Waits for what is being written."""

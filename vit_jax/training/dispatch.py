@@ -1,16 +1,29 @@
 """The jitted programs bound to pictures on the devices: training dispatches, and evaluation of a whole split."""
 
+import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from vit_jax.data.load import Split
 from vit_jax.data.resident import BatchIndices, padded
 from vit_jax.training import mesh as meshes
-from vit_jax.training.step import TABLE_STEPS, Classifier, Task, TrainState, copy, make_evaluate, make_train_steps
+from vit_jax.training.step import (
+    TABLE_STEPS,
+    Classifier,
+    Probe,
+    Task,
+    TrainState,
+    copy,
+    make_evaluate,
+    make_features,
+    make_train_steps,
+)
 
 SECONDS_PER_CALL = 2.0
 
@@ -29,6 +42,7 @@ class Dispatcher:
         self._table = np.zeros((TABLE_STEPS, batch_size), np.int32)
         started = time.monotonic()
         self._size_at = task.size_at
+        self.multipliers = task.multipliers
         sizes = {task.size_at(0), task.classifier.image_size}
         arguments = (state, *self._pictures, self._table, np.int32(0))
         self._train_steps = {size: make_train_steps(task, size).lower(*arguments).compile() for size in sizes}
@@ -72,3 +86,15 @@ def make_evaluator(classifier: Classifier, split: Split, batch_size: int) -> Cal
         return {name: values[: len(split.labels)] for name, values in results.items()}
 
     return evaluate
+
+
+def featured(probe: Probe, params: Any, split: Split, batch_size: int) -> Split:
+    """The split with the trunk's features, float32 [N, D], in place of its pictures."""
+    program = make_features(probe)
+    images, _ = padded(split.images, split.labels, batch_size)
+    found = []
+    with tqdm(total=len(split.labels), desc="features", unit=" pictures", mininterval=1, file=sys.stderr) as bar:
+        for start in range(0, len(images), batch_size):
+            found.append(jax.device_get(program(params, images[start : start + batch_size])))
+            bar.update(min(batch_size, len(split.labels) - start))
+    return dataclasses.replace(split, images=np.concatenate(found)[: len(split.labels)])

@@ -20,12 +20,23 @@ from vit_jax.analysis.metrics import peak_flops, summarize, training_flops
 from vit_jax.data.load import Splits
 from vit_jax.errors import RunError, Stopped, UserError
 from vit_jax.training import mesh as meshes
-from vit_jax.training import setup
+from vit_jax.training import setup, starting
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.dispatch import Dispatcher, make_evaluator
+from vit_jax.training.dispatch import Dispatcher, featured, make_evaluator
+from vit_jax.training.optim import EVERYTHING, check_rules, rule_table
 from vit_jax.training.setup import Plan
-from vit_jax.training.step import Classifier, Task, TrainState, abstract_state, all_finite, copy, init_state, zero_sums
+from vit_jax.training.step import (
+    Classifier,
+    Probe,
+    Task,
+    TrainState,
+    abstract_state,
+    all_finite,
+    copy,
+    init_state,
+    zero_sums,
+)
 from vit_jax.training.writers import Metrics, Progress, Row, best_row, score, write_json
 
 
@@ -67,19 +78,29 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         return summary
     meshes.enable_compilation_cache()
     mesh = meshes.make_mesh(config.mesh.data)
+    if not runs.has_checkpoints(workdir):
+        config = starting.resolve(config)
     splits = setup.load_data(config)
     config = runs.same_run(setup.resolve_data(config, splits.train, mesh), workdir)
     plan, notes = setup.make_plan(config, len(splits.train.labels))
-    classifier = setup.make_classifier(config, len(splits.train.class_names), mesh)
+    classifier = setup.as_probe(config, setup.make_classifier(config, len(splits.train.class_names), mesh))
     task, schedule = setup.make_task(config, classifier, plan)
-    initial = None if runs.has_checkpoints(workdir) else _initial_weights(config, classifier)
+    check_rules(task.multipliers, abstract_state(task).params)
+    initial = None
+    if config.init.checkpoint and not runs.has_checkpoints(workdir):
+        initial, origin = starting.weights(config, classifier)
+        notes += origin
 
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     state, seconds = _first_state(task, checkpoints, initial)
     step = int(state.step)
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    if task.multipliers != EVERYTHING:
+        print(rule_table(task.multipliers, state.params))
     print(f"{plan.total} steps of {config.train.batch_size} in {workdir}; {setup.protocol(config, splits)}")
-    print("\n".join(notes + [f"going on from step {step}" if step else "from new weights"]), flush=True)
+    print("\n".join(notes + [f"going on from step {step}"] * bool(step)), flush=True)
+    if isinstance(classifier, Probe):
+        splits = _featured(splits, classifier, state.params, setup.part_size(config))
 
     dispatch = Dispatcher(task, state, splits.train, config.train.batch_size)
     if not config.train.steps_per_call:
@@ -140,22 +161,28 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
 # The state that a run begins with
 
 
-def _initial_weights(config: ConfigDict, classifier: Classifier) -> Any:
-    """The weights of `init.checkpoint`, another run's last ones (its average where it keeps one); None without."""
-    if not config.init.checkpoint:
-        return None
-    return runs.load_weights(setup.expanded(config.init.checkpoint), classifier)[0]
-
-
-def _first_state(task: Task, checkpoints: Checkpoints, initial: Any) -> tuple[TrainState, float]:
+def _first_state(
+    task: Task, checkpoints: Checkpoints, initial: dict[str, jax.Array] | None
+) -> tuple[TrainState, float]:
     """The last checkpoint's state and its seconds; where there is none, a new one, with `initial` weights if given."""
     latest = checkpoints.latest_step()
     if latest is not None:
         return checkpoints.restore(latest, abstract_state(task)), checkpoints.seconds(latest)
     state = init_state(task)
     if initial is not None:
-        state = dataclasses.replace(state, params=initial, ema=copy(initial) if task.ema_decay else None)
+        params = starting.placed(state.params, initial)
+        state = dataclasses.replace(state, params=params, ema=copy(params) if task.ema_decay else None)
     return state, 0.0
+
+
+def _featured(splits: Splits, probe: Probe, params: Any, batch_size: int) -> Splits:
+    """The splits with the trunk's features for pictures."""
+    made = {
+        field.name: split and featured(probe, params, split, batch_size)
+        for field in dataclasses.fields(splits)
+        for split in [getattr(splits, field.name)]
+    }
+    return Splits(**made)
 
 
 # A row of metrics.csv
@@ -252,7 +279,8 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
     if run.plan.small:  # neither size's own speed says how long the run takes
         speed = int(state.step) * run.config.train.batch_size / max(seconds, 1e-9)
     device, devices = jax.devices()[0].device_kind, run.classifier.mesh.size
-    peak, flops = peak_flops(device), None if run.plan.small else _training_flops(run.classifier)
+    whole = not run.plan.small and run.dispatch.multipliers == EVERYTHING  # the formula is for training all of it
+    peak, flops = peak_flops(device), _training_flops(run.classifier) if whole else None
     summary = {
         "test_accuracy": test["accuracy"],
         "test_accuracy_top5": test["accuracy_top5"],

@@ -18,8 +18,12 @@ def enable_compilation_cache() -> None:
     $JAX_COMPILATION_CACHE_DIR moves it and JAX_ENABLE_COMPILATION_CACHE=false turns it off (both are jax's own).
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "vit_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
+
+
+def cache_folder() -> pathlib.Path:
+    """The user's own folder for what can be made or fetched again."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "vit_jax"
 
 
 def make_mesh(data: int) -> Mesh:

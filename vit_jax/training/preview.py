@@ -11,7 +11,7 @@ from vit_jax.analysis import plots
 from vit_jax.config import FIELDS, get
 from vit_jax.data.resident import BatchIndices
 from vit_jax.training import mesh as meshes
-from vit_jax.training import setup
+from vit_jax.training import setup, starting
 from vit_jax.training.setup import Plan
 from vit_jax.training.step import Task, training_pictures
 
@@ -28,13 +28,11 @@ def augmentation(config: ConfigDict, name: str, workdir: pathlib.Path, rows: int
     Raises:
       UserError: the config or the data is wrong; nothing was written.
     """
-    config = setup.resolve_model(config)
     meshes.enable_compilation_cache()
-    mesh = meshes.make_mesh(config.mesh.data)
-    train = setup.load_data(config).train
-    config = setup.resolve_data(config, train, mesh)
+    config, splits, classifier = starting.prepared(config)
+    train = splits.train
     plan, _ = setup.make_plan(config, len(train.labels))
-    task, _ = setup.make_task(config, setup.make_classifier(config, len(train.class_names), mesh), plan)
+    task, _ = setup.make_task(config, classifier, plan)
 
     repeats = task.augmentation.repeats
     batch = BatchIndices(task.seed, len(train.labels), config.train.batch_size, repeats)(0, 1)[0]

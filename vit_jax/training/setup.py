@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,11 +16,12 @@ from vit_jax.data.load import Split, Splits, load_splits
 from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training.optim import make_optimizer, make_schedule
-from vit_jax.training.step import Augmentation, Classifier, Task
+from vit_jax.training.optim import make_optimizer, make_schedule, multiplier_rules, partition, path_name
+from vit_jax.training.step import Augmentation, Classifier, Probe, Task
 
 MOST_STEPS = 2**31 - 1  # the step is an int32
 MOST_EVENTS = 1_000_000  # evaluations, or checkpoints, of a run
+MODEL_DEFAULTS = {"gelu": "tanh", "norm_epsilon": 1e-6}  # where nothing else is known of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ def load_data(config: ConfigDict) -> Splits:
         data.name,
         data_dir=None if data.dir is None else expanded(data.dir),
         holdout=data.holdout,
+        train_examples=data.train_examples,
         image_size=data.image_size,
         skip_unreadable=data.skip_unreadable,
     )
@@ -70,23 +73,29 @@ def resolve_model(config: ConfigDict) -> ConfigDict:
       UserError: the preset or an operation of the policy is unknown, or a field stays unset.
     """
     config = config.copy_and_resolve_references()
-    shape = preset(config.model.preset) if config.model.preset else {}
-    for name in ("patch_size", "width", "depth", "num_heads", "mlp_dim"):
+    shape = {"stem": "patch"} | (preset(config.model.preset) if config.model.preset else {})
+    for name in ("stem", "patch_size", "width", "depth", "num_heads", "mlp_dim"):
         if config.model[name] is None:
             if name not in shape:
                 raise UserError(f"model.{name} is not set: set it, or model.preset")
             config.model[name] = shape[name]
+    if config.model.stem == "resnet":
+        config.model.resnet_blocks = config.model.resnet_blocks or shape.get("resnet_blocks", ())
     make_policy(config)
+    multiplier_rules(config.init.multipliers, config.model.depth)
     return config
 
 
 def resolve_data(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
-    """A copy of the config in which the data has filled what was left automatic, but for `train.steps_per_call`.
+    """A copy of the config in which all that was left automatic is filled, but for `train.steps_per_call`.
 
     Raises:
       UserError: the config does not fit the data or the devices.
     """
     config = config.copy_and_resolve_references()
+    for name, value in MODEL_DEFAULTS.items():
+        if config.model[name] is None:
+            config.model[name] = value
     height, width, channels = train.images.shape[1:]
     if config.data.image_size is None:
         if height != width:
@@ -160,12 +169,27 @@ def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classif
     return Classifier(model, data.image_size, tuple(data.mean), tuple(data.std), mesh)
 
 
+def as_probe(config: ConfigDict, classifier: Classifier) -> Classifier:
+    """The classifier as a Probe, where only its head is trained and the trunk sees the same in every epoch."""
+    model, augment = config.model, config.augment
+    changing = [augment.crop != "none", augment.flip, augment.policy != "none", augment.crop_paste, augment.erasing]
+    changing += [augment.mixup, augment.cutmix, model.dropout, model.attention_dropout, model.drop_path]
+    if any(changing):
+        return classifier
+    rules = multiplier_rules(config.init.multipliers, model.depth)
+    trained, _ = partition(jax.eval_shape(lambda: classifier.init(0)), rules)
+    if any(not path_name(path).startswith("head/") for path, _ in jax.tree_util.tree_leaves_with_path(trained)):
+        return classifier
+    return Probe(classifier.model, classifier.image_size, classifier.mean, classifier.std, classifier.mesh)
+
+
 def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[Task, Any]:
     """The training task of a resolved config, and its schedule (step → learning rate)."""
     optim = config.optim
     if plan.small:
         classifier.model.check(config.augment.small_size, config.augment.small_size)
     schedule = make_schedule(optim.schedule, optim.learning_rate, plan.warmup, plan.total, optim.final_learning_rate)
+    multipliers = multiplier_rules(config.init.multipliers, config.model.depth)
     optimizer = make_optimizer(
         optim.name,
         schedule,
@@ -173,6 +197,8 @@ def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[T
         momentum=optim.momentum,
         b2=optim.b2,
         clip_norm=optim.clip_norm,
+        momentum_dtype=optim.momentum_dtype,
+        multipliers=multipliers,
     )
     task = Task(
         classifier,
@@ -182,6 +208,7 @@ def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[T
         accumulate=optim.accumulate,
         ema_decay=config.ema.decay,
         seed=config.train.seed,
+        multipliers=multipliers,
     )
     return task, schedule
 

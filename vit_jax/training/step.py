@@ -30,7 +30,7 @@ class TrainState:
       step: optimizer steps done, int32 [].
       params: float32 parameters, named as in the official checkpoints.
       ema: their moving average, or None.
-      optimizer: optax's state.
+      optimizer: optax's state; of frozen parameters it has none.
       sums: sums over the steps since the last evaluation: loss, correct, examples; float32 [].
     """
 
@@ -101,8 +101,31 @@ class Classifier:
 
 
 @dataclasses.dataclass(frozen=True)
+class Probe(Classifier):
+    """A classifier whose trunk stays as it is: its pictures are what the trunk made of them, once for all.
+
+    Where it takes images it is given features, float32 [B, D].
+    """
+
+    def features(self, params: Any, images: jax.Array) -> jax.Array:
+        """What the head reads of pictures as evaluation sees them: uint8 [B, H, W, C] → float32 [B, D]."""
+        trunk = Classifier(self.model.clone(num_classes=0), self.image_size, self.mean, self.std, self.mesh)
+        return trunk.logits(params, images)
+
+    def logits(self, params: Any, images: jax.Array) -> jax.Array:
+        return self.apply(params, images, train=False)
+
+    def apply(self, params: Any, images: jax.Array, train: bool, rngs: Any = None) -> jax.Array:
+        return jnp.asarray(nn.Dense(self.num_classes).apply({"params": params["head"]}, images))
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
-    """What a training step needs besides the state and the pictures: plain values, fixed for the run."""
+    """What a training step needs besides the state and the pictures: plain values, fixed for the run.
+
+    Attributes:
+      multipliers: the optimizer's; what has 0 stays as it is.
+    """
 
     classifier: Classifier
     optimizer: optax.GradientTransformation
@@ -111,6 +134,7 @@ class Task:
     accumulate: int
     ema_decay: float
     seed: int
+    multipliers: optim.Rules = optim.EVERYTHING
 
     def size_at(self, step: int) -> int:
         """The side of the pictures that step `step` trains on, pixels."""
@@ -126,7 +150,8 @@ def new_state(task: Task) -> TrainState:
     """The state before the first step, a function of the seed alone."""
     params = task.classifier.init(task.seed)
     ema = jax.tree.map(jnp.copy, params) if task.ema_decay else None
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, task.optimizer.init(params), zero_sums())
+    trained, _ = optim.partition(params, task.multipliers)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, task.optimizer.init(trained), zero_sums())
 
 
 def abstract_state(task: Task) -> TrainState:
@@ -158,8 +183,11 @@ def step_keys(seed: int, step: jax.Array) -> jax.Array:
 def augment(key: jax.Array, images: jax.Array, size: int, full_size: int, how: Augmentation) -> jax.Array:
     """What is done to each picture alone, uint8 [B, H, W, C] → uint8 [B, size, size, C].
 
-    Where the whole picture would be `full_size` large, a smaller `size` is a crop of it.
+    Where the whole picture would be `full_size` large, a smaller `size` is a crop of it. A Probe's features [B, D] stay
+    as they are.
     """
+    if images.ndim == 2:
+        return images
     crop_key, flip_key, policy_key, paste_key, erase_key = jax.random.split(key, 5)
     if how.crop == "pad":
         height, width = (n * size // full_size for n in images.shape[1:3])
@@ -205,34 +233,37 @@ def train_step(task: Task, size: int, state: TrainState, images: jax.Array, labe
     """One optimizer step on uint8 images [B, H, W, C] and labels [B], cut or resized to `size`."""
     images, targets, mixed = training_pictures(task, size, state.step, images, labels)
     dropout_key = step_keys(task.seed, state.step)[2]
+    trained, frozen = optim.partition(state.params, task.multipliers)
 
-    def loss_fn(params, part, images, labels, targets):
+    def loss_fn(trained, part, images, labels, targets):
         rngs = {"dropout": jax.random.fold_in(dropout_key, part)}
-        logits = task.classifier.apply(params, images, train=True, rngs=rngs)
+        logits = task.classifier.apply(optim.merge(trained, frozen), images, train=True, rngs=rngs)
         correct = jnp.sum(jnp.argmax(logits, -1) == labels).astype(jnp.float32)
         return jnp.mean(cross_entropy(logits, targets)), correct
 
     def add_part(total, part):
-        (loss, correct), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *part)
+        (loss, correct), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained, *part)
         return jax.tree.map(jnp.add, total, (loss, correct, gradients)), None
 
     parts = task.accumulate
     # Every device keeps its own examples: a part takes each `parts`-th of them.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (images, labels, targets))
     split = lax.with_sharding_constraint(split, meshes.part_sharded(task.classifier.mesh))
-    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+    zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
     (loss, correct, gradients), _ = lax.scan(add_part, zeros, (jnp.arange(parts), *split))
     loss, gradients = jax.tree.map(lambda x: x / parts, (loss, gradients))
 
-    updates, optimizer = task.optimizer.update(gradients, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, optimizer = task.optimizer.update(gradients, state.optimizer, trained)
+    trained = optax.apply_updates(trained, updates)
     ema = state.ema
     if ema is not None:
-        ema = optim.update_ema(ema, params, optim.ema_decay(task.ema_decay, state.step))
+        average, kept = optim.partition(ema, task.multipliers)
+        average = optim.update_ema(average, trained, optim.ema_decay(task.ema_decay, state.step))
+        ema = optim.merge(average, kept)
     correct = jnp.where(mixed, jnp.nan, correct)  # a mixed picture has no one class to be right about
     batch = {"loss": loss * len(labels), "correct": correct, "examples": jnp.float32(len(labels))}
     sums = jax.tree.map(jnp.add, state.sums, batch)
-    return TrainState(state.step + 1, params, ema, optimizer, sums)
+    return TrainState(state.step + 1, optim.merge(trained, frozen), ema, optimizer, sums)
 
 
 def make_train_steps(task: Task, size: int) -> jax.stages.Wrapped:
@@ -253,6 +284,12 @@ def make_train_steps(task: Task, size: int) -> jax.stages.Wrapped:
 
     everywhere = meshes.replicated(mesh)
     return jax.jit(train_steps, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
+
+
+def make_features(probe: Probe) -> jax.stages.Wrapped:
+    """(params, images uint8 [B, H, W, C]) → features, float32 [B, D]."""
+    everywhere, sharded = meshes.replicated(probe.mesh), meshes.batch_sharded(probe.mesh)
+    return jax.jit(probe.features, in_shardings=(everywhere, sharded), out_shardings=sharded)
 
 
 def make_evaluate(classifier: Classifier, batch_size: int) -> jax.stages.Wrapped:

@@ -7,15 +7,19 @@ from typing import Any
 
 import flax
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from vit_jax.config import differences, from_dict, to_dict
+from vit_jax.config import FIELDS, differences, from_dict, get, put, to_dict
 from vit_jax.errors import UserError
 from vit_jax.training import mesh as meshes
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.step import Classifier
 from vit_jax.training.writers import write_json
+
+# Filled in once, when a run begins, where they are left at their defaults; the data's own are found anew.
+CHOSEN = ("model.gelu", "model.norm_epsilon", "train.steps_per_call")
 
 
 def write_config(workdir: pathlib.Path, config: ConfigDict, class_names: tuple[str, ...]) -> None:
@@ -58,7 +62,7 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def same_run(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
-    """The config to run in `workdir`: as given where it is new, with the `steps_per_call` chosen there else.
+    """The config to run in `workdir`: as given where it is new, else with what was chosen or read from weights there.
 
     Raises:
       UserError: another config has been run there; the fields that differ are named.
@@ -71,8 +75,9 @@ def same_run(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
         return config
     stored, _ = read_config(workdir)
     config = config.copy_and_resolve_references()
-    if config.train.steps_per_call == 0:
-        config.train.steps_per_call = stored.train.steps_per_call
+    for path in CHOSEN + (("data.mean", "data.std") if config.init.checkpoint else ()):
+        if get(config, path) == FIELDS[path].default:
+            put(config, path, get(stored, path))
     differing = differences(config, stored)
     if differing:
         fields = "; ".join(differing)
@@ -102,6 +107,16 @@ def load_weights(
     params = checkpoints.restore_weights(step, "ema" if weights == "ema" else "params", like)
     checkpoints.close()
     return params, step, weights
+
+
+def last_weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """The last weights of a run, whatever its model is: path → array; its average where it keeps one."""
+    config, _ = read_config(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = _choose(checkpoints, "last", workdir)
+    params = checkpoints.read_weights(step, "ema" if config.ema.decay else "params")
+    checkpoints.close()
+    return params
 
 
 def _choose(checkpoints: Checkpoints, which: str, workdir: pathlib.Path) -> int:

@@ -1,13 +1,14 @@
 """What a run writes besides its weights: metrics.csv, TensorBoard events, JSON files, and lines on the terminal."""
 
+import contextlib
 import csv
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, TextIO
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -31,11 +32,21 @@ NEVER_EMPTY = ("step", "epoch", "val_accuracy", "images_per_second", "seconds")
 Row = dict[str, Any]  # a number a column, None where there is none
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Replaces a file as a whole: after a crash there is the old text or the new one, never a part."""
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file to write, which then replaces `path` as a whole: after a crash there is the old one or the new one."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        with part.open("wb+") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
