@@ -40,9 +40,9 @@ class Facts:
     std: tuple[float, ...] = ()
 
 
-# What each kind of file implies. The official models see inputs in [-1, 1]; timm's and transformers' vary in that.
+# What each kind of file implies. The official models see every channel in [-1, 1]; timm's and transformers' vary.
 KINDS = {
-    "official": Facts(1e-6, "tanh", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "official": Facts(1e-6, "tanh", (0.5,), (0.5,)),
     "timm": Facts(1e-6, "exact"),
     "transformers": Facts(1e-12, "exact"),
 }
@@ -77,16 +77,19 @@ def opened(path: pathlib.Path) -> Iterator[Source]:
             kind, arrays = names.recognized(arrays)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        yield Source(str(path), arrays, _facts(path, kind, metadata), kind)
+        first = arrays.get("conv_root/kernel") or arrays.get("embedding/kernel")
+        channels = first.shape[2] if first and len(first.shape) == 4 else 1
+        yield Source(str(path), arrays, _facts(path, kind, metadata, channels), kind)
 
 
 # What a file says of itself
 
 
-def _facts(path: pathlib.Path, kind: str, metadata: Mapping[str, Any]) -> Facts:
+def _facts(path: pathlib.Path, kind: str, metadata: Mapping[str, Any], channels: int) -> Facts:
     """From the file's own metadata, or the config.json and preprocessor_config.json that PyTorch's libraries keep."""
     facts = KINDS[kind]
     if kind == "official":
+        facts = dataclasses.replace(facts, mean=facts.mean * channels, std=facts.std * channels)
         said = metadata
     else:
         model, inputs = (_beside(path, name) for name in ("config.json", "preprocessor_config.json"))

@@ -24,7 +24,7 @@ from vit_jax.training import setup, starting
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.dispatch import Dispatcher, featured, make_evaluator
-from vit_jax.training.optim import EVERYTHING, check_rules, rule_table
+from vit_jax.training.optim import EVERYTHING, rule_table
 from vit_jax.training.setup import Plan
 from vit_jax.training.step import (
     Classifier,
@@ -85,7 +85,6 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     plan, notes = setup.make_plan(config, len(splits.train.labels))
     classifier = setup.as_probe(config, setup.make_classifier(config, len(splits.train.class_names), mesh))
     task, schedule = setup.make_task(config, classifier, plan)
-    check_rules(task.multipliers, abstract_state(task).params)
     initial = None
     if config.init.checkpoint and not runs.has_checkpoints(workdir):
         initial, origin = starting.weights(config, classifier)

@@ -16,7 +16,7 @@ from vit_jax.data.load import Split, Splits, load_splits
 from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training.optim import make_optimizer, make_schedule, multiplier_rules, partition, path_name
+from vit_jax.training.optim import check_rules, make_optimizer, make_schedule, multiplier_rules, partition, path_name
 from vit_jax.training.step import Augmentation, Classifier, Probe, Task
 
 MOST_STEPS = 2**31 - 1  # the step is an int32
@@ -170,14 +170,19 @@ def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classif
 
 
 def as_probe(config: ConfigDict, classifier: Classifier) -> Classifier:
-    """The classifier as a Probe, where only its head is trained and the trunk sees the same in every epoch."""
+    """The classifier as a Probe, where only its head is trained and the trunk sees the same in every epoch.
+
+    Raises:
+      UserError: `init.multipliers` do not suit its parameters.
+    """
     model, augment = config.model, config.augment
+    rules, shapes = multiplier_rules(config.init.multipliers, model.depth), jax.eval_shape(lambda: classifier.init(0))
+    check_rules(rules, shapes)
     changing = [augment.crop != "none", augment.flip, augment.policy != "none", augment.crop_paste, augment.erasing]
     changing += [augment.mixup, augment.cutmix, model.dropout, model.attention_dropout, model.drop_path]
     if any(changing):
         return classifier
-    rules = multiplier_rules(config.init.multipliers, model.depth)
-    trained, _ = partition(jax.eval_shape(lambda: classifier.init(0)), rules)
+    trained, _ = partition(shapes, rules)
     if any(not path_name(path).startswith("head/") for path, _ in jax.tree_util.tree_leaves_with_path(trained)):
         return classifier
     return Probe(classifier.model, classifier.image_size, classifier.mean, classifier.std, classifier.mesh)
