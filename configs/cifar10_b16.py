@@ -43,7 +43,7 @@ def get_config(variant=""):
             config.train.steps = int(value)
         else:
             raise variant_error(variant, *KNOWN)
-    config.optim.accumulate = 32 if config.data.image_size == 384 else 8
+    config.optim.accumulate = 64 if config.data.image_size == 384 else 16
     config.optim.warmup_steps = min(LONGEST_WARMUP, config.train.steps // 10)
     if config.init.multipliers == "head":
         config.augment.update({"crop": "none", "flip": False})

@@ -93,7 +93,8 @@ def featured(probe: Probe, params: Any, split: Split, batch_size: int) -> Split:
     program = make_features(probe)
     images, _ = padded(split.images, split.labels, batch_size)
     found = []
-    with tqdm(total=len(split.labels), desc="features", unit=" pictures", mininterval=1, file=sys.stderr) as bar:
+    pace = 0.1 if sys.stderr.isatty() else 10  # seconds between looks at it: in a log each is a line
+    with tqdm(total=len(split.labels), desc="features", unit=" pictures", mininterval=pace, file=sys.stderr) as bar:
         for start in range(0, len(images), batch_size):
             found.append(jax.device_get(program(params, images[start : start + batch_size])))
             bar.update(min(batch_size, len(split.labels) - start))

@@ -13,8 +13,8 @@ import fsspec
 import jax
 import numpy as np
 from flax import traverse_util
+from fsspec.callbacks import TqdmCallback
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from vit_jax.data.load import Splits
 from vit_jax.errors import UserError
@@ -25,8 +25,6 @@ from vit_jax.training import mesh as meshes
 from vit_jax.training import setup
 from vit_jax.training import workdir as runs
 from vit_jax.training.step import Classifier
-
-CHUNK = 2**20  # bytes read at a time
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -141,12 +139,10 @@ def fetched(url: str) -> pathlib.Path:
         return path
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with fsspec.open(url, "rb") as source:
-            folder.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as target, tqdm(unit="B", unit_scale=True, desc=url, file=sys.stderr) as bar:
-                while chunk := source.read(CHUNK):
-                    target.write(chunk)
-                    bar.update(len(chunk))
+        files, remote = fsspec.url_to_fs(url)
+        folder.mkdir(parents=True, exist_ok=True)
+        bar = TqdmCallback({"unit": "B", "unit_scale": True, "desc": url, "file": sys.stderr})
+        files.get_file(remote, str(part), callback=bar)
         os.replace(part, path)
     except ImportError as error:
         raise UserError(f'{url} needs another package: pip install "vit_jax[remote]" ({error})') from error
