@@ -1,19 +1,57 @@
 """A finished or stopped run, measured again from its workdir alone."""
 
+import csv
+import dataclasses
+import io
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vit_jax.analysis.metrics import calibration_error, summarize
-from vit_jax.training import mesh as meshes
-from vit_jax.training import setup
-from vit_jax.training import workdir as runs
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vit_jax.analysis import figures, metrics, plots
+from vit_jax.data.load import Split
+from vit_jax.training import setup, trained
 from vit_jax.training.dispatch import make_evaluator
+from vit_jax.training.step import Classifier
+from vit_jax.training.writers import write_json, write_text
+
+MISTAKES = (4, 8)  # rows and columns of pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was measured, on what.
+
+    Attributes:
+      report: what evaluation.json holds.
+      results: of each picture, each [N] (see `step.make_evaluate`).
+    """
+
+    report: dict[str, Any]
+    split: Split
+    results: Mapping[str, np.ndarray]
+
+
+class TwoViews(Classifier):
+    """A classifier that gives a picture and its mirror image the mean of their probabilities."""
+
+    def logits(self, params: Any, images: jax.Array) -> jax.Array:
+        one, other = (Classifier.logits(self, params, view) for view in (images, images[:, :, ::-1]))
+        return jnp.logaddexp(jax.nn.log_softmax(one), jax.nn.log_softmax(other)) - jnp.log(2)
 
 
 def evaluate(
-    workdir: pathlib.Path, checkpoint: str = "last", weights: str | None = None, data_dir: str | None = None
-) -> dict[str, Any]:
-    """What evaluation.json holds: the run's weights on its test pictures (the held-out ones where it has no others).
+    workdir: pathlib.Path,
+    checkpoint: str = "last",
+    weights: str | None = None,
+    data_dir: str | None = None,
+    dataset: str | None = None,
+    flip_tta: bool = False,
+) -> Evaluation:
+    """Measures the run's weights on its test pictures (the held-out ones where it has no others).
 
     The pictures go through the program that the run itself was measured with, so the last checkpoint gives the
     numbers of summary.json to the last bit.
@@ -21,23 +59,81 @@ def evaluate(
     Args:
       checkpoint: "last", "best" or a step.
       weights: "ema" or "raw"; None: the average where the run keeps one.
+      dataset: another source to measure on, of the same classes.
+      flip_tta: also measure the mean of each picture's and its mirror image's probabilities, as `accuracy_flip` ...
 
     Raises:
       UserError: there is no such run, checkpoint, average or data.
     """
-    meshes.enable_compilation_cache()
-    config, class_names = runs.read_config(workdir)
-    if data_dir is not None:
-        config.data.dir = data_dir
-    mesh = meshes.make_mesh(config.mesh.data)
-    classifier = setup.make_classifier(config, len(class_names), mesh)
-    params, step, kind = runs.load_weights(workdir, classifier, checkpoint, weights)
-    splits = setup.load_data(config)
-    split = splits.reported
-    results = make_evaluator(classifier, split, setup.part_size(config))(params)
-    return summarize(results) | {
-        "ece": calibration_error(results["confidence"], results["correct"]),
+    run = trained.open_run(workdir, checkpoint, weights, data_dir)
+    split = trained.measured_split(run, dataset)
+    size = setup.part_size(run.config)
+    results = make_evaluator(run.classifier, split, size)(run.params)
+    report = summarize(results) | {
         "examples": len(split.labels),
-        "checkpoint_step": step,
-        "weights": kind,
+        "checkpoint_step": run.step,
+        "weights": run.weights,
+        "dataset": dataset or run.config.data.name,
     }
+    if flip_tta:
+        both = TwoViews(**{field.name: getattr(run.classifier, field.name) for field in dataclasses.fields(Classifier)})
+        flipped = summarize(make_evaluator(both, split, size)(run.params))
+        report |= {f"{name}_flip": value for name, value in flipped.items()}
+    return Evaluation(report, split, results)
+
+
+def summarize(results: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return metrics.summarize(results) | {"ece": metrics.calibration_error(results["confidence"], results["correct"])}
+
+
+def write(evaluation: Evaluation, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Writes evaluation.json in `workdir` and what can be seen of it in its figures/; gives the paths.
+
+    There: reliability.png, confusion.csv and .png, classes.csv (accuracy by class), and the most confident mistakes,
+    mistakes.png, where there are any.
+    """
+    results, split, report = evaluation.results, evaluation.split, evaluation.report
+    names, folder = split.class_names, workdir / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "evaluation.json", report)
+    title = f"{workdir.name} on {report['dataset']}"
+
+    matrix = metrics.confusion(split.labels, results["prediction"], len(names))
+    rows = metrics.per_class(matrix, names)
+    write_csv(folder / "classes.csv", [list(rows[0]), *(row.values() for row in rows)])
+    write_csv(
+        folder / "confusion.csv",
+        [["true \\ predicted", *names], *([n, *r] for n, r in zip(names, matrix, strict=True))],
+    )
+    figures.confusions(matrix, names, folder / "confusion.png", f"{title}: what is taken for what")
+    sums = metrics.reliability(results["confidence"], results["correct"])
+    figures.reliability(sums, folder / "reliability.png", f"{title}: can its confidence be trusted?")
+    draw_mistakes(evaluation, folder / "mistakes.png", title)
+    files = ("reliability.png", "confusion.csv", "confusion.png", "classes.csv", "mistakes.png")
+    return [workdir / "evaluation.json", *(folder / name for name in files if (folder / name).exists())]
+
+
+def draw_mistakes(evaluation: Evaluation, path: pathlib.Path, title: str) -> None:
+    """Draws the wrong predictions that were made with the most confidence; none where all are right."""
+    results, split = evaluation.results, evaluation.split
+    wrong = np.flatnonzero(results["correct"] == 0)
+    path.unlink(missing_ok=True)
+    if not len(wrong):
+        return
+    rows, columns = MISTAKES
+    worst = wrong[np.argsort(-results["confidence"][wrong], kind="stable")][: rows * columns]
+    cells = []
+    for i in worst:
+        true, predicted = (plots.shorten(split.class_names[j]) for j in (split.labels[i], results["prediction"][i]))
+        probability = f"{results['confidence'][i]:.3f}".lstrip("0")
+        cells.append((split.images[i], f"{true}\n→ {predicted}  {probability}"))
+    share = f"{len(wrong)} of {len(split.labels)} pictures are mistaken; these with the most confidence."
+    notes = [share, "Under each picture: its class → what it was taken for, with which probability."]
+    sheet = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    plots.contact_sheet(sheet, [""] * len(sheet[0]), path, f"{title}: the most confident mistakes", notes)
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Any]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
