@@ -1,4 +1,6 @@
-"""The contact sheet of augmented pictures: that it shows what training sees, and how it names it."""
+"""What visualize draws: of a trained run, and of what training sees, that it is that, and how it is named."""
+
+import shutil
 
 import jax
 import numpy as np
@@ -115,7 +117,10 @@ def test_wrong_input(commands, tmp_path):
     augmentation = ["--what", "augmentation"]
     error = commands.fails("visualize", *digits, "--what", "attentoin")
     assert "attentoin" in error and "augmentation" in error
-    assert "--what" in commands.fails("visualize", *digits)
+    assert "--what augmentation" in commands.fails("visualize", *digits)
+    assert "--workdir" in commands.fails("visualize")
+    assert "--fields" in commands.fails("visualize", "--workdir", tmp_path, "--fields")
+    assert "no run in" in commands.fails("visualize", "--workdir", tmp_path / "run")
     assert "--config" in commands.fails("visualize", *augmentation)
     assert "--rows" in commands.fails("visualize", *digits, *augmentation, "--rows", "0")
     assert "augment.mixpu" in commands.fails("visualize", *digits, *augmentation, "--config.augment.mixpu=1")
@@ -123,3 +128,20 @@ def test_wrong_input(commands, tmp_path):
     (tmp_path / "file").touch()
     error = commands.fails("visualize", *digits[:2], *augmentation, "--workdir", tmp_path / "file")
     assert f"cannot use {tmp_path}/file" in error
+
+
+def test_the_command_draws_a_run(finished, commands, tmp_path):
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "picture.png")
+    run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
+    out, _ = commands.run("visualize", "--workdir", run, "--images", tmp_path / "picture.png")
+    names = "attention_1 rollout relevance positions filters distance curves".split()
+    assert out.splitlines() == [str(run / "figures" / f"{name}.png") for name in names]
+    for path in out.splitlines():
+        with Image.open(path) as picture:
+            assert min(picture.size) > 250 and len(np.unique(picture.convert("L"))) > 20
+    compare = ["--what", "curves", "--compare", finished]
+    out, _ = commands.run("visualize", "--workdir", run, *compare)
+    assert out.splitlines() == [str(run / "figures" / "comparison.png")]
+    (tmp_path / "note.jpg").write_text("not a picture")
+    images = ["--what", "rollout", "--images", tmp_path / "picture.png", tmp_path / "note.jpg"]
+    assert f"{tmp_path / 'note.jpg'}" in commands.fails("visualize", "--workdir", run, *images)

@@ -18,6 +18,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Absent(UserError):
+    """What was asked for by name is not there, nor need be: with "all" it is left out."""
+
+
 class RunError(Exception):
     """The run failed, and not through its input: it diverged, or ran out of memory or disk (exit 1)."""
 

@@ -20,6 +20,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
     parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="measure its init.checkpoint, nothing trained")
     parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
+    parser.add_argument("--dataset", metavar="NAME", help="other pictures of the same classes, as folder:PATH")
+    parser.add_argument(
+        "--flip_tta", action="store_true", help="also measure pictures and their mirror images together"
+    )
     args, rest = parser.parse_known_args(arguments)
     overrides = command_line.overrides_in(rest)
     if args.workdir is None and args.config is None:
@@ -34,22 +38,25 @@ def main(arguments: list[str]) -> None:
         config.data.dir = args.data_dir or config.data.dir
         args.workdir = args.workdir or pathlib.Path("runs") / name
 
-    from vit_jax.training import evaluation  # after the arguments are known to be right: it takes seconds
-    from vit_jax.training.writers import write_json
+    from vit_jax.training import evaluation, trained  # after the arguments are known to be right: it takes seconds
 
     if config is None:
-        report = evaluation.evaluate(args.workdir, args.checkpoint or "last", args.weights, args.data_dir)
+        run = trained.open_run(args.workdir, args.checkpoint or "last", args.weights, args.data_dir)
+        origin = f"{run.weights} weights of step {run.step}"
     else:
-        report, notes = evaluation.evaluate_start(config)
+        run, notes = trained.open_weights(config, args.workdir)
+        origin = run.weights
         print("\n".join(notes), flush=True)
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    write_json(args.workdir / "evaluation.json", report)
-    measured = f"{report['weights']}" if config else f"{report['weights']} weights of step {report['checkpoint_step']}"
+    measured = evaluation.evaluate(run, args.dataset, args.flip_tta)
+    paths = evaluation.write(measured, args.workdir)
+    report = measured.report
     print(
         f"accuracy {report['accuracy']:.2%}, top-5 {report['accuracy_top5']:.2%}, loss {report['loss']:.4f}, "
-        f"calibration error {report['ece']:.2%}: {report['examples']} pictures, {measured}; "
-        f"{args.workdir / 'evaluation.json'}"
+        f"calibration error {report['ece']:.2%}: {report['examples']} pictures of {report['dataset']}, {origin}"
     )
+    if args.flip_tta:
+        print(f"with mirror images: accuracy {report['accuracy_flip']:.2%}, loss {report['loss_flip']:.4f}")
+    print(*paths, sep="\n")
 
 
 if __name__ == "__main__":

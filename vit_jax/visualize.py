@@ -1,6 +1,14 @@
-"""Draws what a config's training sees: python -m vit_jax.visualize --config configs/digits.py --what augmentation
+"""Draws what a run has learned: python -m vit_jax.visualize --workdir runs/digits
 
---what augmentation   training pictures as they lie in the data set, and as the model sees them, with their labels
+--what all            the next seven, as far as the model has them (default); PNG files in the run's figures/
+--what attention      what the classifier's head reads, by layer and head: a file a picture
+--what rollout        attention followed through all layers down to the picture
+--what relevance      what speaks for the two most probable classes: gradient-weighted attention
+--what positions      how alike the position embeddings are
+--what filters        the principal components of the patch embedding's filters
+--what distance       how far each head looks, by layer
+--what curves         loss and accuracy over epochs; with --compare of several runs in one picture
+--what augmentation   what a config's training sees, without a run: needs --config, as configs/digits.py
 """
 
 import argparse
@@ -9,6 +17,7 @@ import pathlib
 from vit_jax import command_line, errors
 
 MOST_ROWS = 100
+OF_A_RUN = ("attention", "rollout", "relevance", "positions", "filters", "distance", "curves")
 
 
 def main(arguments: list[str]) -> None:
@@ -17,18 +26,43 @@ def main(arguments: list[str]) -> None:
         description=__doc__,
         epilog="Fields of the config can be given as to vit_jax.main: --config.augment.mixup=0.8",
     )
-    parser.add_argument("--what", required=True, choices=DRAWINGS, help="what to draw")
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="what would be trained (needed)")
-    parser.add_argument("--workdir", type=pathlib.Path, help="where figures/ goes (default: runs/<config name>)")
-    parser.add_argument("--rows", type=_rows, default=8, help=f"pictures, 1 to {MOST_ROWS} (default: 8)")
+    parser.add_argument("--what", default="all", choices=["all", *OF_A_RUN, "augmentation"], help="what to draw")
+    parser.add_argument("--workdir", type=pathlib.Path, help="the run's folder; figures/ goes there")
+    parser.add_argument("--images", type=pathlib.Path, nargs="+", default=[], help="pictures (default: some of test)")
+    parser.add_argument("--compare", type=pathlib.Path, nargs="+", default=[], help="other runs' folders, for curves")
+    parser.add_argument("--checkpoint", default="last", metavar="last|best|STEP", help="the checkpoint (default: last)")
+    parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
+    parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
+    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="for augmentation: what would be trained")
+    parser.add_argument(
+        "--rows", type=_rows, default=8, help=f"for augmentation: 1 to {MOST_ROWS} pictures (default: 8)"
+    )
     args, rest = parser.parse_known_args(arguments)
-    print(DRAWINGS[args.what](args, command_line.overrides_in(rest)))
+    if args.what == "augmentation":
+        print(augmentation(args, command_line.overrides_in(rest)))
+    else:
+        trained(args, rest)
 
 
 def _rows(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_ROWS):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {MOST_ROWS}")
     return int(text)
+
+
+def trained(args: argparse.Namespace, rest: list[str]) -> None:
+    if args.config is not None:
+        raise errors.UserError("--config is for --what augmentation: a run is drawn from its --workdir alone")
+    if rest:
+        raise errors.UserError(f"unknown argument {rest[0]!r} (see --help)")
+    if args.workdir is None:
+        raise errors.UserError("--workdir is needed: the folder of a run (see --help)")
+
+    from vit_jax.training import drawings
+
+    subject = drawings.Subject(args.workdir, args.images, args.compare, args.checkpoint, args.weights, args.data_dir)
+    paths, left_out = drawings.draw(subject, args.what)
+    print(*left_out, *paths, sep="\n")
 
 
 def augmentation(args: argparse.Namespace, overrides: list[str]) -> pathlib.Path:
@@ -40,8 +74,6 @@ def augmentation(args: argparse.Namespace, overrides: list[str]) -> pathlib.Path
 
     return preview.augmentation(config, name, args.workdir or pathlib.Path("runs") / name, args.rows)
 
-
-DRAWINGS = {"augmentation": augmentation}
 
 if __name__ == "__main__":
     errors.run(main)

@@ -1,7 +1,8 @@
-"""Summaries, calibration and cost against hand counts."""
+"""Summaries, calibration, confusions and cost against hand counts."""
 
 import numpy as np
 import pytest
+from sklearn.metrics import confusion_matrix
 
 from vit_jax.analysis import metrics
 
@@ -26,6 +27,34 @@ def test_a_calibrated_and_an_overconfident_model():
     assert metrics.calibration_error(confidence, correct) < 0.005
     assert metrics.calibration_error(np.ones(100), np.arange(100) < 70) == pytest.approx(0.3)
     assert metrics.calibration_error(np.array([0.0, 1.0]), np.array([0, 1])) == 0  # both ends have a bin
+
+
+def test_reliability_sums_by_hand():
+    confidence = np.float32([0.0, 0.25, 0.26, 0.5, 0.9, 1.0])
+    correct = np.float32([1, 0, 1, 1, 0, 1])
+    found = metrics.reliability(confidence, correct, bins=4)  # a bin holds its upper end, and the first one 0
+    np.testing.assert_allclose(found, [[2, 2, 0, 2], [1, 2, 0, 1], [0.25, 0.76, 0, 1.9]], atol=1e-6)
+    gaps = np.abs(np.float64([1 - 0.25, 2 - 0.76, 0, 1 - 1.9])).sum() / 6
+    assert metrics.calibration_error(confidence, correct, bins=4) == pytest.approx(gaps)
+
+
+def test_confusions():
+    random = np.random.default_rng(0)
+    labels, predictions = random.integers(0, 7, (2, 500)).astype(np.int32)
+    expected = confusion_matrix(labels, predictions, labels=range(8))
+    np.testing.assert_array_equal(metrics.confusion(labels, predictions, 8), expected)
+
+    matrix = np.array([[9, 1, 0], [5, 0, 0], [0, 5, 7]])
+    assert metrics.worst_confusions(matrix, 2) == [(1, 0), (2, 1)]
+    assert metrics.worst_confusions(matrix, 20) == [(1, 0), (2, 1), (0, 1)]  # and no others
+    assert metrics.worst_confusions(np.diag([3, 4]), 20) == []
+
+
+def test_results_by_class():
+    matrix = np.array([[8, 2, 0, 0], [0, 0, 0, 0], [3, 1, 6, 0], [0, 0, 2, 0]])
+    keys = ("class", "examples", "accuracy", "precision", "mistaken_for")
+    rows = [("a", 10, 0.8, 8 / 11, "b"), ("b", 0, None, 0, None), ("c", 10, 0.6, 0.75, "a"), ("d", 2, 0, None, "c")]
+    assert metrics.per_class(matrix, "abcd") == [dict(zip(keys, row, strict=True)) for row in rows]
 
 
 @pytest.mark.parametrize(

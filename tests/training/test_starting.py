@@ -15,7 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import names, pretrained
 from vit_jax.models.archives import write_safetensors
 from vit_jax.models.pretrained import Facts
-from vit_jax.training import evaluation, loop, mesh, setup, starting
+from vit_jax.training import evaluation, loop, mesh, setup, starting, trained
 from vit_jax.training import workdir as runs
 
 SIZES = {"patch_size": 2, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, "pool": "cls"}
@@ -129,7 +129,7 @@ def test_a_probe_on_cached_features_is_the_training_of_the_head(official, tmp_pa
 def test_a_probe_is_evaluated_to_the_bit_and_resumed_to_the_bit(official, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     summary = loop.train(probe(official[0]), whole)
-    report = evaluation.evaluate(whole)
+    report = evaluation.evaluate(trained.open_run(whole)).report
     assert (report["accuracy"], report["loss"]) == (summary["test_accuracy"], summary["test_loss"])
     assert summary["mfu"] is None
     shutil.copytree(whole, cut)
@@ -289,15 +289,16 @@ def test_bad_fields_end_in_one_line(official, tmp_path, fields, words):
 
 def test_evaluating_weights_as_they_are_needs_their_head(official, tmp_path):
     config = config_of(official[0])
-    report, notes = evaluation.evaluate_start(config)
+    run, notes = trained.open_weights(config, tmp_path)
+    report = evaluation.evaluate(run).report
     assert report["examples"] == 359 and report["checkpoint_step"] is None and "arrays" in notes[0]
     headless = {name: array for name, array in official[1].items() if not name.startswith("head/")}
     with (tmp_path / "a.safetensors").open("wb+") as file:
         write_safetensors(file, names.renamed(headless, "timm"), {})
     with pytest.raises(UserError, match="2 arrays are missing there: head/"):
-        evaluation.evaluate_start(config_of(tmp_path / "a.safetensors"))
-    with pytest.raises(UserError, match="nothing to evaluate"):
-        evaluation.evaluate_start(config_of(""))
+        trained.open_weights(config_of(tmp_path / "a.safetensors"), tmp_path)
+    with pytest.raises(UserError, match="no weights to open"):
+        trained.open_weights(config_of(""), tmp_path)
 
 
 def test_arguments_of_evaluate(commands, official, tmp_path):

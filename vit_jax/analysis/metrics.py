@@ -1,6 +1,6 @@
-"""What results are summed up to: accuracies, calibration, and the cost of training."""
+"""What results are summed up to: accuracies, calibration, confusions, and the cost of training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -34,9 +34,57 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = 1
 
     confidence: [N], the predicted class's probability; correct: [N], 1 where the prediction is right.
     """
+    _, sum_correct, sum_confidence = reliability(confidence, correct, bins)
+    return float(np.sum(np.abs(sum_correct - sum_confidence)) / len(confidence))
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> np.ndarray:
+    """Sums over `bins` bins of confidence, of equal width in 0..1: examples, correct and confidence, float64 [3, bins].
+
+    A bin holds its upper end, and the first one 0. Arguments as for `calibration_error`.
+    """
     bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(bin_of, np.asarray(correct, np.float64) - confidence, minlength=bins)
-    return float(np.sum(np.abs(gaps)) / len(confidence))
+    sums = (None, np.asarray(correct, np.float64), confidence)
+    return np.stack([np.bincount(bin_of, weights, minlength=bins) for weights in sums])
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
+    """How often each class (row) was taken for each class (column), int [K, K]."""
+    return np.bincount(labels * classes + predictions, minlength=classes**2).reshape(classes, classes)
+
+
+def worst_confusions(matrix: np.ndarray, count: int) -> list[tuple[int, int]]:
+    """The at most `count` pairs (class, what it was taken for) that are most frequent in a confusion matrix."""
+    wrong = mistakes_only(matrix)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:count]
+    pairs = np.stack(np.unravel_index(order, wrong.shape), axis=1)
+    return [(int(row), int(column)) for row, column in pairs if wrong[row, column]]
+
+
+def mistakes_only(matrix: np.ndarray) -> np.ndarray:
+    return np.where(np.eye(len(matrix), dtype=bool), 0, matrix)
+
+
+def per_class(matrix: np.ndarray, class_names: Sequence[str]) -> list[dict[str, str | int | float | None]]:
+    """A row a class of a confusion matrix, None where nothing can be said.
+
+    accuracy: the share of the class's pictures that were known; precision: the share of right ones where the class was
+    predicted; mistaken_for: what it was most often taken for.
+    """
+    wrong = mistakes_only(matrix)
+    rows: list[dict[str, str | int | float | None]] = []
+    for i, name in enumerate(class_names):
+        examples, predicted, right = int(matrix[i].sum()), int(matrix[:, i].sum()), int(matrix[i, i])
+        rows.append(
+            {
+                "class": name,
+                "examples": examples,
+                "accuracy": right / examples if examples else None,
+                "precision": right / predicted if predicted else None,
+                "mistaken_for": class_names[wrong[i].argmax()] if wrong[i].any() else None,
+            }
+        )
+    return rows
 
 
 def training_flops(

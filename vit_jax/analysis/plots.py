@@ -51,8 +51,11 @@ def curves(rows: Sequence[Mapping[str, float | None]], path: pathlib.Path, title
 TILE = 160  # side of a picture, or a little less, to be a multiple of the picture's own
 GAP = 10  # between pictures
 MARGIN = 24
+LONGEST_NAME = 16  # characters of a class name that stand under a picture
 LINE = 16  # of a label, or of a note
 DPI = 128  # a power of two: the sheet's size in inches gives back its whole pixels
+
+Scale = tuple[str, np.ndarray, str]  # a bar of colours, uint8 [h, w, 3], between what its ends mean
 
 
 def contact_sheet(
@@ -61,17 +64,21 @@ def contact_sheet(
     path: pathlib.Path,
     title: str,
     notes: Sequence[str],
+    scale: Scale | None = None,
 ) -> None:
     """Draws pictures, uint8 [h, w, 1 or 3], in rows under the columns' headings, each with its label beneath.
 
-    Small pictures are enlarged by a whole factor, so that their pixels stay what they are.
+    Small pictures are enlarged by a whole factor, so that their pixels stay what they are. `scale` explains colours.
     """
-    tiles = [[_tile(picture) for picture, _ in row] for row in rows]
-    pitch, tallest = TILE + GAP, max(len(tile) for row in tiles for tile in row)
+    tiles = [[tile(picture) for picture, _ in row] for row in rows]
+    pitch, tallest = TILE + GAP, max(len(x) for row in tiles for x in row)
     lines = max(label.count("\n") + 1 for row in rows for _, label in row)
     width = 2 * MARGIN + len(headings) * pitch - GAP
+    titles = textwrap.wrap(title, (width - 2 * MARGIN) // 12) or [""]
     notes = [line for note in notes for line in textwrap.wrap(note, (width - 2 * MARGIN) // 7)]
-    top = MARGIN + (5 + len(notes)) * LINE  # of the first row
+    first_note = MARGIN + (1 + 2 * len(titles)) * LINE
+    end_of_notes = first_note + len(notes) * LINE + (LINE + LINE // 2 if scale is not None else 0)
+    top = end_of_notes + 2 * LINE  # of the first row
     step = tallest + lines * LINE + 2 * GAP
     height = top + len(rows) * step + MARGIN - GAP
 
@@ -81,25 +88,40 @@ def contact_sheet(
     def text(x, y, words, **style):  # y: where its letters stand
         figure.text(x / width, 1 - y / height, words, parse_math=False, **style)
 
-    text(MARGIN, MARGIN + LINE, title, fontsize=12, weight="bold")
+    for i, words in enumerate(titles):
+        text(MARGIN, MARGIN + (1 + 2 * i) * LINE, words, fontsize=12, weight="bold")
     for i, note in enumerate(notes):
-        text(MARGIN, MARGIN + (3 + i) * LINE, note, fontsize=7, color="0.35")
+        text(MARGIN, first_note + i * LINE, note, fontsize=7, color="0.35")
+    if scale is not None:
+        least, bar, most = scale
+        x, y = MARGIN + 7 * len(least) + GAP, end_of_notes - LINE
+        canvas[y - bar.shape[0] : y, x : x + bar.shape[1]] = bar
+        text(MARGIN, y, least, fontsize=7, color="0.35")
+        text(x + bar.shape[1] + GAP, y, most, fontsize=7, color="0.35")
     for column, words in enumerate(headings):
         text(MARGIN + column * pitch + TILE / 2, top - GAP, words, fontsize=7, weight="bold", color="0.35", ha="center")
     for i, row in enumerate(rows):
         for column, (_, label) in enumerate(row):
-            x, y, tile = MARGIN + column * pitch, top + i * step, tiles[i][column]
-            down, right = y + (tallest - tile.shape[0]) // 2, x + (TILE - tile.shape[1]) // 2
-            canvas[down : down + tile.shape[0], right : right + tile.shape[1]] = tile
+            x, y, pixels = MARGIN + column * pitch, top + i * step, tiles[i][column]
+            down, right = y + (tallest - pixels.shape[0]) // 2, x + (TILE - pixels.shape[1]) // 2
+            canvas[down : down + pixels.shape[0], right : right + pixels.shape[1]] = pixels
             for n, words in enumerate(label.split("\n"), start=1):
                 text(x + TILE / 2, y + tallest + n * LINE - 2, words, fontsize=6.75, ha="center")
     figure.figimage(canvas, zorder=-1)  # pixel for pixel: axes would resample it
     figure.savefig(path, dpi=DPI)
 
 
-def _tile(picture: np.ndarray) -> np.ndarray:
-    """The picture enlarged by the largest whole factor that fits a tile; a large one resampled to it."""
-    picture = np.broadcast_to(picture, (*picture.shape[:2], 3))
+def shorten(name: str, most: int = LONGEST_NAME) -> str:
+    """A class name of at most `most` characters, in one line."""
+    name = " ".join(name.split())
+    return name if len(name) <= most else f"{name[: most - 1].rstrip()}…"
+
+
+def tile(picture: np.ndarray) -> np.ndarray:
+    """The picture, uint8 [h, w, C] -> [h, w, 3], enlarged by the largest whole factor that fits a tile; a large one
+    resampled to it.
+    """
+    picture = np.broadcast_to(picture[..., :3], (*picture.shape[:2], 3))
     factor = TILE // max(picture.shape[:2])
     if factor >= 2:
         return picture.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -67,6 +67,18 @@ def load(
     return splits[split]
 
 
+def load_measured(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    image_size: int | None = None,
+    skip_unreadable: bool = False,
+) -> Split:
+    """Returns the test pictures of a source that a model was not trained on; all where it has no such; as `load`."""
+    splits = _load(name, data_dir, image_size, skip_unreadable)
+    return splits.get("test", splits["train"])
+
+
 def load_splits(
     name: str,
     data_dir: str | os.PathLike | None = None,

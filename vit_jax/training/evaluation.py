@@ -1,65 +1,133 @@
-"""A run's weights, or those a config starts from, measured on test pictures."""
+"""Weights measured on test pictures, and drawings of where they fail."""
 
+import csv
+import dataclasses
+import io
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from vit_jax.analysis.metrics import calibration_error, summarize
+from vit_jax.analysis import figures, metrics, plots
 from vit_jax.data.load import Split
-from vit_jax.errors import UserError
-from vit_jax.training import mesh as meshes
-from vit_jax.training import setup, starting
-from vit_jax.training import workdir as runs
+from vit_jax.training import setup, trained
 from vit_jax.training.dispatch import featured, make_evaluator
 from vit_jax.training.step import Classifier, Probe
+from vit_jax.training.trained import Trained
+from vit_jax.training.writers import write_json, write_text
+
+MISTAKES = (4, 8)  # rows and columns of pictures
 
 
-def evaluate(
-    workdir: pathlib.Path, checkpoint: str = "last", weights: str | None = None, data_dir: str | None = None
-) -> dict[str, Any]:
-    """What evaluation.json holds: the run's weights on its test pictures (the held-out ones where it has no others).
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What was measured, on what.
 
-    The pictures go through the program that the run itself was measured with, so the last checkpoint gives the
-    numbers of summary.json to the last bit.
+    Attributes:
+      report: what evaluation.json holds.
+      results: of each picture, each [N] (see `step.make_evaluate`).
+    """
+
+    report: dict[str, Any]
+    split: Split
+    results: Mapping[str, np.ndarray]
+
+
+class TwoViews(Classifier):
+    """A classifier that gives a picture and its mirror image the mean of their probabilities."""
+
+    def logits(self, params: Any, images: jax.Array) -> jax.Array:
+        one, other = (Classifier.logits(self, params, view) for view in (images, images[:, :, ::-1]))
+        return jnp.logaddexp(jax.nn.log_softmax(one), jax.nn.log_softmax(other)) - jnp.log(2)
+
+
+def evaluate(run: Trained, dataset: str | None = None, flip_tta: bool = False) -> Evaluation:
+    """Measures weights on their data's test pictures (a run's held-out ones where it has no others).
+
+    The pictures go through the program that a run itself was measured with, so its last checkpoint gives the numbers of
+    summary.json to the last bit.
 
     Args:
-      checkpoint: "last", "best" or a step.
-      weights: "ema" or "raw"; None: the average where the run keeps one.
+      dataset: another source to measure on, of the same classes.
+      flip_tta: also measure the mean of each picture's and its mirror image's probabilities, as `accuracy_flip` ...
 
     Raises:
-      UserError: there is no such run, checkpoint, average or data.
+      UserError: the data cannot be had, or its classes are others.
     """
-    meshes.enable_compilation_cache()
-    config, class_names = runs.read_config(workdir)
-    if data_dir is not None:
-        config.data.dir = data_dir
-    mesh = meshes.make_mesh(config.mesh.data)
-    classifier = setup.as_probe(config, setup.make_classifier(config, len(class_names), mesh))
-    params, step, kind = runs.load_weights(workdir, classifier, checkpoint, weights)
-    split = setup.load_data(config).reported
-    return _measured(classifier, params, split, setup.part_size(config)) | {"checkpoint_step": step, "weights": kind}
-
-
-def evaluate_start(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
-    """The same of the weights that a config starts from, as they are; and lines that tell what came how.
-
-    Raises:
-      UserError: the config names no weights, or they do not fit it and its data, head included.
-    """
-    if not config.init.checkpoint:
-        raise UserError("nothing to evaluate: set --config.init.checkpoint=FILE, or give a run's --workdir alone")
-    meshes.enable_compilation_cache()
-    config, splits, classifier = starting.prepared(config)
-    found, notes = starting.weights(config, classifier, keep_head=True)
-    params = starting.placed({}, found)
-    report = _measured(classifier, params, splits.reported, setup.part_size(config))
-    return report | {"checkpoint_step": None, "weights": config.init.checkpoint}, notes
-
-
-def _measured(classifier: Classifier, params: Any, split: Split, batch_size: int) -> dict[str, Any]:
+    split = trained.measured_split(run, dataset)
+    size = setup.part_size(run.config)
+    classifier, seen = setup.as_probe(run.config, run.classifier), split
     if isinstance(classifier, Probe):
-        split = featured(classifier, params, split, batch_size)
-    results = make_evaluator(classifier, split, batch_size)(params)
-    ece = calibration_error(results["confidence"], results["correct"])
-    return summarize(results) | {"ece": ece, "examples": len(split.labels)}
+        seen = featured(classifier, run.params, split, size)
+    results = make_evaluator(classifier, seen, size)(run.params)
+    report = summarize(results) | {
+        "examples": len(split.labels),
+        "checkpoint_step": run.step,
+        "weights": run.weights,
+        "dataset": dataset or run.config.data.name,
+    }
+    if flip_tta:
+        both = TwoViews(**{field.name: getattr(run.classifier, field.name) for field in dataclasses.fields(Classifier)})
+        flipped = summarize(make_evaluator(both, split, size)(run.params))
+        report |= {f"{name}_flip": value for name, value in flipped.items()}
+    return Evaluation(report, split, results)
+
+
+def summarize(results: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return metrics.summarize(results) | {"ece": metrics.calibration_error(results["confidence"], results["correct"])}
+
+
+def write(evaluation: Evaluation, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Writes evaluation.json in `workdir` and what can be seen of it in its figures/; gives the paths.
+
+    There: reliability.png, confusion.csv and .png, classes.csv (accuracy by class), and the most confident mistakes,
+    mistakes.png, where there are any.
+    """
+    results, split, report = evaluation.results, evaluation.split, evaluation.report
+    names, folder = split.class_names, workdir / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "evaluation.json", report)
+    title = f"{workdir.name} on {report['dataset']}"
+
+    matrix = metrics.confusion(split.labels, results["prediction"], len(names))
+    rows = metrics.per_class(matrix, names)
+    write_csv(folder / "classes.csv", [list(rows[0]), *(row.values() for row in rows)])
+    write_csv(
+        folder / "confusion.csv",
+        [["true \\ predicted", *names], *([n, *r] for n, r in zip(names, matrix, strict=True))],
+    )
+    figures.confusions(matrix, names, folder / "confusion.png", f"{title}: what is taken for what")
+    sums = metrics.reliability(results["confidence"], results["correct"])
+    figures.reliability(sums, folder / "reliability.png", f"{title}: can its confidence be trusted?")
+    draw_mistakes(evaluation, folder / "mistakes.png", title)
+    files = ("reliability.png", "confusion.csv", "confusion.png", "classes.csv", "mistakes.png")
+    return [workdir / "evaluation.json", *(folder / name for name in files if (folder / name).exists())]
+
+
+def draw_mistakes(evaluation: Evaluation, path: pathlib.Path, title: str) -> None:
+    """Draws the wrong predictions that were made with the most confidence; none where all are right."""
+    results, split = evaluation.results, evaluation.split
+    wrong = np.flatnonzero(results["correct"] == 0)
+    path.unlink(missing_ok=True)
+    if not len(wrong):
+        return
+    rows, columns = MISTAKES
+    worst = wrong[np.argsort(-results["confidence"][wrong], kind="stable")][: rows * columns]
+    cells = []
+    for i in worst:
+        true, predicted = (plots.shorten(split.class_names[j]) for j in (split.labels[i], results["prediction"][i]))
+        probability = f"{results['confidence'][i]:.3f}".lstrip("0")
+        cells.append((split.images[i], f"{true}\n→ {predicted}  {probability}"))
+    share = f"{len(wrong)} of {len(split.labels)} pictures are mistaken; these with the most confidence."
+    notes = [share, "Under each picture: its class → what it was taken for, with which probability."]
+    sheet = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    plots.contact_sheet(sheet, [""] * len(sheet[0]), path, f"{title}: the most confident mistakes", notes)
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Any]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())

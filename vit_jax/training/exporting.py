@@ -13,9 +13,7 @@ from ml_collections import ConfigDict
 from vit_jax.errors import UserError
 from vit_jax.models import pretrained
 from vit_jax.models.pretrained import Facts
-from vit_jax.training import mesh as meshes
-from vit_jax.training import setup
-from vit_jax.training import workdir as runs
+from vit_jax.training import trained
 from vit_jax.training.step import Classifier
 from vit_jax.training.writers import replacing, write_json
 
@@ -43,14 +41,13 @@ def export(
     Raises:
       UserError: there is no such run, checkpoint or average, or the file cannot hold this model; nothing was written.
     """
-    config, class_names = runs.read_config(workdir)
+    run = trained.open_run(workdir, checkpoint, weights)
+    config, class_names, classifier = run.config, run.class_names, run.classifier
     if scheme != "official":
         _check_plain(config, scheme)
     if scheme == "transformers":
         _check_neighbours(output)
-    classifier = setup.make_classifier(config, len(class_names), meshes.make_mesh(1))
-    params, _, _ = runs.load_weights(workdir, classifier, checkpoint, weights)
-    params = jax.device_get(params)
+    params = jax.device_get(run.params)
     if format == "stablehlo":
         data = stablehlo(classifier, params)
         output.parent.mkdir(parents=True, exist_ok=True)

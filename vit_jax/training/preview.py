@@ -17,7 +17,6 @@ from vit_jax.training.step import Task, training_pictures
 
 STEPS = 8  # columns
 SMALLEST_SHARE = 0.01  # of a class that is worth its name
-LONGEST_NAME = 16  # characters of a class name that stand under a picture
 
 
 def augmentation(config: ConfigDict, name: str, workdir: pathlib.Path, rows: int) -> pathlib.Path:
@@ -70,15 +69,10 @@ def views(task: Task, images: np.ndarray, labels: np.ndarray, rows: int) -> list
 def label(shares: Sequence[float] | np.ndarray, class_names: Sequence[str]) -> str:
     """The one or two classes that a picture shows, a line each: "cat", or "cat  .70" and "+ dog  .30"."""
     best = np.argsort(-np.asarray(shares), kind="stable")[:2]
-    shown = [(shorten(class_names[i]), shares[i]) for i in best if shares[i] > SMALLEST_SHARE]
+    shown = [(plots.shorten(class_names[i]), shares[i]) for i in best if shares[i] > SMALLEST_SHARE]
     if len(shown) == 1:
         return shown[0][0]
     return "\n+ ".join(f"{name}  {f'{share:.2f}'.lstrip('0')}" for name, share in shown)
-
-
-def shorten(name: str) -> str:
-    name = " ".join(name.split())
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1].rstrip()}…"
 
 
 def notes(config: ConfigDict, task: Task, plan: Plan) -> list[str]:

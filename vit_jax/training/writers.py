@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TextIO
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from vit_jax.errors import UserError
@@ -61,6 +60,8 @@ class Metrics:
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
+        from tensorboardX import SummaryWriter  # it imports torch where that is installed: seconds, for training alone
+
         self.path = workdir / "metrics.csv"
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
         lines = [",".join(COLUMNS), *(",".join(_cell(row[c]) for c in COLUMNS) for row in self.rows)]
