@@ -35,10 +35,14 @@ def evaluate(
     if data_dir is not None:
         config.data.dir = data_dir
     mesh = meshes.make_mesh(config.mesh.data)
-    classifier = setup.as_probe(config, setup.make_classifier(config, len(class_names), mesh))
+    classifier = setup.make_classifier(config, len(class_names), mesh)
+    classifier = setup.as_probe(config, classifier, setup.make_rules(config, classifier))
     params, step, kind = runs.load_weights(workdir, classifier, checkpoint, weights)
     split = setup.load_data(config).reported
-    return _measured(classifier, params, split, setup.part_size(config)) | {"checkpoint_step": step, "weights": kind}
+    return _measured(classifier, params, split, setup.evaluation_size(config)) | {
+        "checkpoint_step": step,
+        "weights": kind,
+    }
 
 
 def evaluate_start(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
@@ -51,9 +55,9 @@ def evaluate_start(config: ConfigDict) -> tuple[dict[str, Any], list[str]]:
         raise UserError("nothing to evaluate: set --config.init.checkpoint=FILE, or give a run's --workdir alone")
     meshes.enable_compilation_cache()
     config, splits, classifier = starting.prepared(config)
-    found, notes = starting.weights(config, classifier, keep_head=True)
+    found, notes = starting.weights(config, classifier, splits.train.class_names, whole=True)
     params = starting.placed({}, found)
-    report = _measured(classifier, params, splits.reported, setup.part_size(config))
+    report = _measured(classifier, params, splits.reported, setup.evaluation_size(config))
     return report | {"checkpoint_step": None, "weights": config.init.checkpoint}, notes
 
 
