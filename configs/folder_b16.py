@@ -12,7 +12,7 @@ import cifar10_b16
 
 
 def get_config(variant=""):
-    config = cifar10_b16.get_config(f"steps=1000,{variant}".strip(","))
+    config = cifar10_b16.get_config(variant, steps=1000)
     config.data.name = "folder:PATH"
     config.train.batch_size = 128
     config.optim.accumulate //= 4  # the same parts

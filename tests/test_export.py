@@ -59,14 +59,20 @@ def assert_holds(path, params):
 
 
 @pytest.mark.parametrize(
-    "name, scheme", [("a.npz", "official"), *(("a.safetensors", s) for s in ("official", "timm", "transformers"))]
+    "name, scheme",
+    [
+        ("a.npz", "official"),
+        ("a.safetensors", "official"),
+        ("a.safetensors", "timm"),
+        ("model.safetensors", "transformers"),
+    ],
 )
 def test_files_hold_the_very_weights_and_how_they_were_made(plain, network, tmp_path, name, scheme):
     exporting.export(plain, name.partition(".")[2], tmp_path / "new" / name, scheme)
     assert_holds(tmp_path / "new" / name, network[1])
     classifier = network[0]
     with pretrained.opened(tmp_path / "new" / name) as source:
-        assert source.facts == Facts(1e-6, "tanh", classifier.mean, classifier.std)
+        assert source.facts == Facts(1e-6, "tanh", classifier.mean, classifier.std, 2, "learned", False)
 
 
 def test_a_run_starts_from_what_was_exported(commands, plain, network, tmp_path):
@@ -140,9 +146,11 @@ def test_wrong_arguments(commands, plain, tmp_path):
 
 
 def test_what_cannot_be_exported(plain, finished, tmp_path):
-    path = tmp_path / "a.safetensors"
+    path = tmp_path / "model.safetensors"
     with pytest.raises(UserError, match="has no model.pool=gap"):
         exporting.export(finished, "safetensors", path, "timm")
+    with pytest.raises(UserError, match="not a.safetensors: give --output that name"):
+        exporting.export(plain, "safetensors", tmp_path / "a.safetensors", "transformers")
     with pytest.raises(UserError, match="no run in"):
         exporting.export(tmp_path, "safetensors", path)
     (tmp_path / "config.json").write_text('{"mine": 1}')

@@ -75,7 +75,9 @@ def _is_pair(value: Any) -> bool:
 
 FIELDS: dict[str, Field] = {
     # The model. What is left unset is taken from the preset.
-    "model.preset": text("", "size and patch, such as Ti/16, S/16, B/32; fills the unset fields of the next five"),
+    "model.preset": text(
+        "", "size and patch, such as Ti/16, B/32, or a hybrid, R50+B/16; fills what is unset of the shape"
+    ),
     "model.patch_size": whole(None, "side of a patch, pixels"),
     "model.width": whole(None, "length of a token's vector"),
     "model.depth": whole(None, "number of encoder blocks"),
@@ -94,8 +96,8 @@ FIELDS: dict[str, Field] = {
     ),
     "model.stem": choice(
         None,
-        "one convolution a patch (unset), stride-2 3x3 convolutions, patches beside their shifted selves (SPT), or a "
-        "ResNet as in the official hybrids",
+        "one convolution a patch, stride-2 3x3 convolutions, patches beside their shifted selves (SPT), or a ResNet; "
+        "unset: the preset's, else patch",
         "patch",
         "conv",
         "shifted",
@@ -114,7 +116,7 @@ FIELDS: dict[str, Field] = {
     "model.gelu": choice(
         None, "GELU by its tanh approximation, or exact; unset: as init.checkpoint says, else tanh", "tanh", "exact"
     ),
-    "model.norm_epsilon": positive(None, "epsilon of the layer norms; unset: as init.checkpoint says, else 1e-6"),
+    "model.norm_epsilon": positive(None, "epsilon of the norms; unset: as init.checkpoint says, else 1e-6"),
     "model.layer_scale": real(0.0, "initial LayerScale of each residual branch; 0: none"),
     "model.qk_norm": switch(False, "layer-normalise queries and keys, head by head"),
     "model.learned_temperature": switch(False, "learn how sharp attention is, head by head (LSA)"),
@@ -302,6 +304,7 @@ def check(config: ConfigDict) -> None:
     if config.augment.flip and data.name.split("/")[0] in SYMBOLS:
         raise UserError(f"augment.flip=True would mirror the symbols of {data.name}: set augment.flip=False")
     _check_augment(config)
+    _check_init(config)
     if optim.final_learning_rate > optim.learning_rate:
         raise UserError(
             f"optim.final_learning_rate={optim.final_learning_rate} is above optim.learning_rate={optim.learning_rate}"
@@ -310,6 +313,15 @@ def check(config: ConfigDict) -> None:
         raise UserError("train.patience needs held-out pictures to watch: set data.holdout, 0.1 for example")
     if data.mean and data.std and len(data.mean) != len(data.std):
         raise UserError(f"data.mean has {len(data.mean)} channels and data.std has {len(data.std)}")
+
+
+def _check_init(config: ConfigDict) -> None:
+    for field in ("skip", "resample_patches"):
+        if config.init[field] and not config.init.checkpoint:
+            raise UserError(f"init.{field} is for the weights of init.checkpoint: set that, or leave init.{field} out")
+    blocks, stem = config.model.resnet_blocks, config.model.stem
+    if blocks and stem != "resnet" and not (stem is None and config.model.preset):
+        raise UserError(f"model.resnet_blocks={blocks} is for model.stem=resnet: set that too, or leave it out")
 
 
 def _check_augment(config: ConfigDict) -> None:

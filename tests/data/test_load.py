@@ -294,3 +294,35 @@ def test_the_data_dir_comes_from_the_environment(cached, monkeypatch, no_child):
     name, data_dir, _ = cached
     monkeypatch.setenv("TFDS_DATA_DIR", str(data_dir))
     assert len(load.load(name, "test", image_size=8).labels) == 4
+
+
+@pytest.mark.parametrize("size", [10, 11, 700, 1430, 1437, 1438])
+def test_as_many_training_pictures_as_asked_in_proportion(size):
+    all_of_it = load.load_splits("digits").train
+    some = load.load_splits("digits", train_examples=size).train
+    assert len(some.labels) == len(some.images) == size and (some.mean, some.std) == (all_of_it.mean, all_of_it.std)
+    share = np.bincount(some.labels, minlength=10) / size - np.bincount(all_of_it.labels) / len(all_of_it.labels)
+    assert np.abs(share).max() <= 1 / size and set(some.labels) == set(range(10))
+    again = load.load_splits("digits", train_examples=size).train
+    np.testing.assert_array_equal(again.images, some.images)
+
+
+def test_a_sample_keeps_the_smallest_classes():
+    labels = np.array([0] * 97 + [1, 2, 2])
+    for size in (3, 4, 50, 99):
+        sample = load.stratified_sample(labels, size)
+        assert len(set(sample)) == size and set(labels[sample]) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("size", [9, 1439])
+def test_too_few_or_too_many_training_pictures(size):
+    with pytest.raises(UserError, match=f"data.train_examples is {size}: there are 1438 pictures of 10 classes"):
+        load.load_splits("digits", train_examples=size)
+
+
+def test_held_out_pictures_are_not_trained_on():
+    splits = load.load_splits("digits", holdout=0.5, train_examples=100)
+    whole = load.load_splits("digits", holdout=0.5)
+    assert len(splits.train.labels) == 100 and len(splits.validation.labels) == len(whole.validation.labels)
+    rows = {image.tobytes() for image in whole.train.images}
+    assert all(image.tobytes() in rows for image in splits.train.images)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vit_jax.config import default_config
-from vit_jax.models import pretrained
+from vit_jax.models import names, pretrained
 from vit_jax.models.presets import preset
 from vit_jax.training import exporting
 
@@ -38,7 +38,7 @@ def files(fabric, tmp_path):
         np.savez(tmp_path / "official.npz", **fabric.params(model, native))
         side = size // model.patch_size
         with pretrained.opened(tmp_path / "official.npz") as source:
-            params, _ = pretrained.fit(source, fabric.like(model, size), (side, side), keep_head=True)
+            params, _ = pretrained.fit(source, fabric.like(model, size), (side, side), whole=True)
         return model, {path: np.asarray(array) for path, array in params.items()}
 
     return make
@@ -57,7 +57,7 @@ def channels_first(pictures):
 
 def write(path, params, scheme):
     with path.open("wb+") as file:
-        pretrained.write(file, params, "safetensors", scheme, pretrained.KINDS[scheme])
+        pretrained.write(file, names.renamed(params, scheme), path.suffix[1:], pretrained.KINDS[scheme])
 
 
 def config_of(model, size):
@@ -102,8 +102,8 @@ def test_a_model_that_transformers_made_and_saved(fabric, tmp_path):
         model = fabric.model(
             patch_size=8, width=24, mlp_dim=40, gelu=source.facts.gelu, norm_epsilon=source.facts.norm_epsilon
         )
-        params, notes = pretrained.fit(source, fabric.like(model, 24), (3, 3), keep_head=True)
-    assert notes == []
+        params, notes = pretrained.fit(source, fabric.like(model, 24), (3, 3), whole=True)
+    assert notes == ["the head comes along: 5 classes"]
     pictures = fabric.pictures(24)
     with torch.no_grad():
         logits = made(channels_first(pictures)).logits
@@ -134,7 +134,7 @@ def test_timm(fabric, files, tmp_path, name, depth, native, size):
     )
     pictures = fabric.pictures(size)
     expected = fabric.logits(model, params, pictures)
-    np.savez(tmp_path / "exported.npz", **params)
+    write(tmp_path / "exported.npz", params, "official")
     network.load_pretrained(tmp_path / "exported.npz")
     with torch.no_grad():
         assert_close(network.eval()(channels_first(pictures)), expected)

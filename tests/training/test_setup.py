@@ -79,6 +79,14 @@ def test_a_plan_that_would_never_end(fields, words):
         ("svhn_vit:reference", 10, 32, 6_268_810),
         ("tiny_imagenet_vit", 200, 64, 6_288_520),
         ("tiny_imagenet_vit:reference", 200, 64, 21_264_072),
+        ("cifar10_b16:steps=500", 10, 32, 85_806_346),
+        ("cifar10_b16:res=384", 10, 32, 86_098_186),
+        ("cifar100_b16", 100, 32, 85_875_556),
+        ("cifar100_b16:head,res=384", 100, 32, 86_167_396),
+        ("cifar100_b16:mlp", 100, 32, 85_875_556),
+        ("cifar100_b16:reference", 100, 32, 85_875_556),
+        ("folder_b16:mlp", 100, 32, 85_875_556),
+        ("tiny_imagenet_ti16", 200, 64, 5_563_016),
     ],
 )
 def test_parameters_of_the_shipped_configs(name, classes, size, parameters):
@@ -102,6 +110,15 @@ def test_parameters_of_the_shipped_configs(name, classes, size, parameters):
 
 # What the reference experiments' own files say; batch, epochs, optimizer, rate, decay, warm-up.
 REFERENCES = {
+    "cifar100_b16": (
+        64,
+        20,
+        "sgd",
+        1e-2,
+        1e-4,
+        None,
+        {"dropout": 0.1, "min_area": 0.64, "norm_epsilon": None, "multipliers": "mlp"},
+    ),
     "cifar10_tinyvit": (64, 10, "adam", 3e-4, 0.0, None, {"schedule": "constant"}),
     "cifar100_tiny": (256, 200, "adam", 1e-3, 5e-4, 10, {"dropout": 0.1, "attention_dropout": 0.0, "flip": True}),
     "cifar10_vit": (128, 200, "adam", 1e-3, 5e-5, 5, {"policy": "autoaugment_cifar10", "final_learning_rate": 1e-5}),
@@ -120,7 +137,8 @@ def test_references_train_as_published(name):
     config, _ = parse(f"{CONFIGS / name}.py:reference", [])
     assert (config.train.batch_size, config.train.epochs) == (batch_size, epochs)
     assert (config.optim.name, config.optim.learning_rate, config.optim.weight_decay) == (optimizer, rate, decay)
-    assert config.optim.warmup_epochs == warmup and config.model.pool == "cls" and config.model.norm_epsilon == 1e-5
+    assert config.optim.warmup_epochs == warmup and config.model.pool == "cls"
+    assert config.model.norm_epsilon == others.get("norm_epsilon", 1e-5)
     assert not (config.augment.mixup or config.augment.cutmix or config.augment.erasing or config.augment.small_size)
     fields = {field: value for group in config.values() for field, value in group.items()}
     for field, value in others.items():
@@ -216,7 +234,11 @@ def test_a_preset_fills_what_is_unset_and_a_set_field_wins():
     [
         ({}, {}, "model.patch_size is not set"),
         ({"model__preset": "Ti/3"}, {}, "8.*3"),
-        ({"model__preset": "Ti/4", "data__mean": (0.5,), "data__std": (1.0,)}, {}, "data.mean needs 3"),
+        (
+            {"model__preset": "Ti/4", "data__mean": (0.5,) * 2, "data__std": (1.0,) * 2},
+            {},
+            "data.mean needs one number, or 3",
+        ),
     ],
 )
 def test_what_does_not_fit_the_data(fields, split, words):

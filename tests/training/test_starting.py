@@ -17,6 +17,7 @@ from vit_jax.models.archives import write_safetensors
 from vit_jax.models.pretrained import Facts
 from vit_jax.training import evaluation, loop, mesh, setup, starting, trained
 from vit_jax.training import workdir as runs
+from vit_jax.training.step import Probe, init_state, train_step
 
 SIZES = {"patch_size": 2, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, "pool": "cls"}
 
@@ -47,12 +48,12 @@ def official(tmp_path_factory):
     }
     path = tmp_path_factory.mktemp("official") / "official.npz"
     with path.open("wb+") as file:
-        pretrained.write(file, arrays, "npz", "official", Facts(1e-5, "exact", (0.2,), (0.5,)))
+        pretrained.write(file, arrays, "npz", Facts(1e-5, "exact", (0.2,), (0.5,)))
     return path, arrays
 
 
 def last_weights(workdir):
-    return {name: np.asarray(array) for name, array in runs.last_weights(workdir).items()}
+    return runs.last_weights(workdir)[1]()
 
 
 def stored(workdir):
@@ -115,7 +116,7 @@ def probe(path, **fields):
 
 def test_a_probe_on_cached_features_is_the_training_of_the_head(official, tmp_path, monkeypatch):
     loop.train(probe(official[0]), tmp_path / "cached")
-    monkeypatch.setattr(setup, "as_probe", lambda config, classifier: classifier)
+    monkeypatch.setattr(setup, "as_probe", lambda config, classifier, rules: classifier)
     loop.train(probe(official[0]), tmp_path / "whole")
     cached, whole = last_weights(tmp_path / "cached"), last_weights(tmp_path / "whole")
     for name, array in official[1].items():
@@ -157,10 +158,11 @@ def test_a_probe_is_evaluated_to_the_bit_and_resumed_to_the_bit(official, tmp_pa
     ],
 )
 def test_features_are_computed_once_only_where_they_stay_the_same(fields, cached):
-    config = config_of("", **{"init__multipliers": "head"} | fields)
+    config = config_of("FILE", **{"init__multipliers": "head"} | fields)
     devices = mesh.make_mesh(1)
     config = setup.resolve_data(setup.resolve_model(config), load("digits", "train"), devices)
-    assert (type(setup.as_probe(config, setup.make_classifier(config, 10, devices))).__name__ == "Probe") is cached
+    classifier = setup.make_classifier(config, 10, devices)
+    assert isinstance(setup.as_probe(config, classifier, setup.make_rules(config, classifier)), Probe) is cached
 
 
 def test_a_cached_probe_does_no_work_of_the_trunk(official, tmp_path):
@@ -168,10 +170,9 @@ def test_a_cached_probe_does_no_work_of_the_trunk(official, tmp_path):
     config = setup.resolve_model(probe(official[0]))
     config = setup.resolve_data(starting.resolve(config), load("digits", "train"), mesh.make_mesh(1))
     plan, _ = setup.make_plan(config, 1438)
-    classifier = setup.as_probe(config, setup.make_classifier(config, 10, mesh.make_mesh(1)))
-    task, _ = setup.make_task(config, classifier, plan)
-    from vit_jax.training.step import init_state, train_step
-
+    classifier = setup.make_classifier(config, 10, mesh.make_mesh(1))
+    rules = setup.make_rules(config, classifier)
+    task, _ = setup.make_task(config, setup.as_probe(config, classifier, rules), plan, rules)
     features = np.zeros((32, 16), np.float32)
     step = jax.jit(train_step, static_argnums=(0, 1)).lower(task, 8, init_state(task), features, np.zeros(32, np.int32))
     assert step.compile().as_text().count(" dot(") <= 2
@@ -187,8 +188,12 @@ def test_a_run_is_a_source_too(official, tmp_path):
     config = setup.resolve_model(config_of(tmp_path / "run", data__image_size=12))
     config = setup.resolve_data(starting.resolve(config), load("digits", "train"), mesh.make_mesh(1))
     assert config.model.gelu == "exact" and config.data.mean == (0.2,)
-    params, notes = starting.weights(config, setup.make_classifier(config, 7, mesh.make_mesh(1)))
-    assert "the head is new: there are 10 classes in it" in notes
+    classifier = setup.make_classifier(config, 7, mesh.make_mesh(1))
+    params, notes = starting.weights(config, classifier, tuple("abcdefg"))
+    assert f"the classes of {tmp_path / 'run'} are others" in notes
+    classifier = setup.make_classifier(config, 10, mesh.make_mesh(1))
+    assert "head/kernel" not in starting.weights(config, classifier, tuple("abcdefghij"))[0]
+    assert "head/kernel" in starting.weights(config, classifier, tuple("0123456789"))[0]
     assert "position embedding resized from 4x4 to 6x6" in notes
     same = params.keys() - {pretrained.POSITIONS}
     assert same == average.keys() - {pretrained.POSITIONS, "head/kernel", "head/bias"}
@@ -208,9 +213,12 @@ def test_a_url_is_fetched_once(official, tmp_path, monkeypatch):
         np.testing.assert_array_equal(source.arrays["cls"].read(), official[1]["cls"])
     with pytest.raises(UserError, match="cannot fetch memory://weights/b.npz"):
         starting.fetched("memory://weights/b.npz")
+    files.pipe("/weights-a.npz", b"x")
+    other = starting.fetched("memory://weights-a.npz")
+    assert other != local and other.read_bytes() == b"x"  # addresses that look alike are told apart
     with pytest.raises(UserError, match=r'pip install "vit_jax\[remote\]"'):
         starting.fetched("smb://nowhere/share/b.npz")
-    assert [p.name for p in local.parent.iterdir()] == [local.name]
+    assert {p.name for p in local.parent.iterdir()} == {local.name, other.name}
 
 
 # What is refused, before anything is written
@@ -276,6 +284,7 @@ def test_bad_weights_end_in_one_line(official, tmp_path, kind, words):
         ({"init__multipliers": ((".*", 0.0),)}, "freezes every parameter"),
         ({"init__multipliers": "heads"}, "unknown init.multipliers 'heads'"),
         ({"init__multipliers": "layers:2"}, "layers:0.75"),
+        ({"init__checkpoint": "", "init__multipliers": "head"}, "set init.checkpoint too"),
         ({"model__depth": 3}, "arrays are missing there: Transformer/encoderblock_2/"),
         ({"model__preset": "Ti/2", "model__width": None}, "have another shape"),
     ],
@@ -285,6 +294,13 @@ def test_bad_fields_end_in_one_line(official, tmp_path, fields, words):
         loop.train(config_of(official[0], **fields), tmp_path / "run")
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_file_on_the_command_line(commands, official, tmp_path):
+    (tmp_path / "bad.npz").write_bytes(b"no zip")
+    fields = ["--config.init.checkpoint=" + str(tmp_path / "bad.npz")]
+    error = commands.fails("main", *commands.training(tmp_path / "run"), *fields)
+    assert str(tmp_path / "bad.npz") in error and not (tmp_path / "run").exists()
 
 
 def test_evaluating_weights_as_they_are_needs_their_head(official, tmp_path):
@@ -297,6 +313,8 @@ def test_evaluating_weights_as_they_are_needs_their_head(official, tmp_path):
         write_safetensors(file, names.renamed(headless, "timm"), {})
     with pytest.raises(UserError, match="2 arrays are missing there: head/"):
         trained.open_weights(config_of(tmp_path / "a.safetensors"), tmp_path)
+    with pytest.raises(UserError, match="init.skip leaves out cls"):
+        trained.open_weights(config_of(official[0], init__skip=("^cls$",)), tmp_path)
     with pytest.raises(UserError, match="no weights to open"):
         trained.open_weights(config_of(""), tmp_path)
 

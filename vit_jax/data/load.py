@@ -100,7 +100,7 @@ def load_splits(
         raise UserError(f"{name} has no test pictures: set data.holdout to hold some of train out")
     held = None
     if holdout:
-        train, held = _parted(train, holdout)
+        train, held = (_picked(train, indices) for indices in stratified_split(train.labels, holdout))
         if not len(held.labels):
             count = len(splits["train"].labels)
             raise UserError(
@@ -113,17 +113,12 @@ def load_splits(
                 f"data.train_examples is {train_examples}: there are {count} pictures of {classes} classes, "
                 "and each class needs one"
             )
-        train = train if train_examples == count else _parted(train, train_examples / count)[1]
+        train = train if train_examples == count else _picked(train, stratified_sample(train.labels, train_examples))
     return Splits(train, held, test)
 
 
-def _parted(split: Split, fraction: float) -> tuple[Split, Split]:
-    """The split without the stratified fraction of it, and that fraction."""
-    kept, held = (
-        dataclasses.replace(split, images=split.images[indices], labels=split.labels[indices])
-        for indices in stratified_split(split.labels, fraction)
-    )
-    return kept, held
+def _picked(split: Split, indices: np.ndarray) -> Split:
+    return dataclasses.replace(split, images=split.images[indices], labels=split.labels[indices])
 
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -136,18 +131,35 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
     classes, counts = np.unique(labels, return_counts=True)
     if fraction <= 0 or not len(labels):
         return np.arange(len(labels)), np.arange(0)
-    ideal = fraction * counts
-    least, most = np.minimum(1, counts - 1), counts - 1
+    quota = _quotas(fraction * counts, np.minimum(1, counts - 1), counts - 1, round(fraction * len(labels)))
+    held = _drawn(labels, classes, quota)
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def stratified_sample(labels: np.ndarray, size: int) -> np.ndarray:
+    """The indices, sorted, of `size` of `labels` [N], each class in proportion and at least once; always the same."""
+    classes, counts = np.unique(labels, return_counts=True)
+    quota = _quotas(size * counts / len(labels), np.minimum(1, counts), counts, size)
+    while quota.sum() > size:  # classes too small for their share had one more
+        quota[np.argmax(quota)] -= 1
+    return _drawn(labels, classes, quota)
+
+
+def _quotas(ideal: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:
+    """`ideal` in whole numbers that sum up to `total`, the roundings going to the largest remainders."""
     quota = np.clip(np.floor(ideal).astype(np.int64), least, most)
     for index in np.argsort(quota - ideal, kind="stable"):  # furthest below its share first
-        quota[index] += quota.sum() < round(fraction * len(labels)) and quota[index] < most[index]
+        quota[index] += quota.sum() < total and quota[index] < most[index]
+    return quota
+
+
+def _drawn(labels: np.ndarray, classes: np.ndarray, quota: np.ndarray) -> np.ndarray:
     random = np.random.RandomState(0)  # NumPy keeps this stream for ever, unlike Generator's
-    held = np.sort(
+    return np.sort(
         np.concatenate(
             [random.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, quota, strict=True)]
         )
     )
-    return np.setdiff1d(np.arange(len(labels)), held), held
 
 
 # Where its cache is

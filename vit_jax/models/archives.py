@@ -65,9 +65,11 @@ def _damage(path: pathlib.Path, name: str = "") -> Iterator[None]:
 
 
 def _checked(path: pathlib.Path, name: str, array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=False)
     if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):  # no array of booleans in between
-        raise UserError(f"{path}, array {name!r}, holds numbers that are not finite (NaN or infinity)")
-    return array.astype(np.float32, copy=False)
+        raise UserError(f"{path}, array {name!r}, holds numbers that are not finite in float32")
+    return array
 
 
 def _check_dtype(path: pathlib.Path, name: str, dtype: Any) -> None:

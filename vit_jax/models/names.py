@@ -88,7 +88,16 @@ def _from_flax(arrays: Arrays) -> dict[str, Stored]:
             name = "/".join(LINEN.get(part, part) for part in name.split("/"))
         return POSITIONS if name == "pos_embedding" else name
 
-    return {ours(name): _flat(name, stored) for name, stored in arrays.items()}
+    return _collected([(ours(name), _flat(name, stored)) for name, stored in arrays.items()])
+
+
+def _collected(pairs: list[tuple[str, Stored]]) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for name, stored in pairs:
+        if name in found:
+            raise UserError(f"it holds two arrays for {name}: it mixes the names of several kinds of files")
+        found[name] = stored
+    return found
 
 
 def _flat(name: str, stored: Stored) -> Stored:
@@ -100,21 +109,23 @@ def _flat(name: str, stored: Stored) -> Stored:
 
 def _from_torch(scheme: str, arrays: Arrays) -> dict[str, Stored]:
     depth = 1 + max((int(i) for name in arrays for i in re.findall(r"(?:blocks|layer)\.(\d{1,3})\.", name)), default=-1)
-    found, used = {}, set()
+    found, used = [], set()
     for ours, theirs in table(scheme, depth).items():
         name, _, third = theirs.partition("#")
         if name in arrays:
-            found[ours] = _our_layout(arrays[name], int(third) if third else None)
+            found.append((ours, _our_layout(name, arrays[name], int(third) if third else None)))
             used.add(name)
-    return found | {name: stored for name, stored in arrays.items() if name not in used}
+    return _collected(found + [(name, stored) for name, stored in arrays.items() if name not in used])
 
 
-def _our_layout(stored: Stored, third: int | None) -> Stored:
+def _our_layout(name: str, stored: Stored, third: int | None) -> Stored:
     """PyTorch's matrices are [out, in], its convolutions [out, in, height, width]."""
     shape = stored.shape
     rows = slice(None)
     if third is not None:
-        size = shape[0] // 3 if shape else 0
+        if not shape or shape[0] % 3:
+            raise UserError(f"{name} has shape {shape}: query, key and value are no thirds of it")
+        size = shape[0] // 3
         rows, shape = slice(third * size, (third + 1) * size), (size, *shape[1:])
     axes = {4: (2, 3, 1, 0), 2: (1, 0)}.get(len(shape), tuple(range(len(shape))))
     return Stored(tuple(shape[a] for a in axes), lambda: stored.read()[rows].transpose(axes))

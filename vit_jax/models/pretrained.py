@@ -9,7 +9,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -23,6 +23,7 @@ from vit_jax.models.presets import size_named
 
 HEAD = ("head/kernel", "head/bias")
 MOST_POSITIONS = 2**20  # tokens of a position embedding that is worth resizing
+LARGEST_PATCH = 256  # pixels
 SHOWN = 8  # names of each kind in an error
 
 
@@ -31,13 +32,17 @@ class Facts:
     """How weights were made, as far as their file says or its kind implies: what a model must do alike.
 
     Attributes:
-      mean, std: of the inputs, a number a channel; empty where they are not known.
+      mean, std: of the inputs, a number a channel, or one for all; empty where they are not known.
+      num_heads, position_embedding, mask_self: as of the model; None where they are not known.
     """
 
     norm_epsilon: float
     gelu: str
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    num_heads: int | None = None
+    position_embedding: str | None = None
+    mask_self: bool | None = None
 
 
 # What each kind of file implies. The official models see every channel in [-1, 1]; timm's and transformers' vary.
@@ -46,17 +51,22 @@ KINDS = {
     "timm": Facts(1e-6, "exact"),
     "transformers": Facts(1e-12, "exact"),
 }
-GELUS = {"gelu": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+GELUS = {"gelu": "exact", "gelu_python": "exact", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Weights to start from: arrays under our names, `heads_merged` where heads are not told apart in their shapes."""
+    """Weights to start from: arrays under our names, `heads_merged` where heads are not told apart in their shapes.
+
+    Attributes:
+      class_names: what the head tells apart, where that is known.
+    """
 
     name: str
     arrays: Arrays
     facts: Facts
     kind: str = "official"
+    class_names: tuple[str, ...] = ()
 
     @property
     def heads_merged(self) -> bool:
@@ -77,39 +87,49 @@ def opened(path: pathlib.Path) -> Iterator[Source]:
             kind, arrays = names.recognized(arrays)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        first = arrays.get("conv_root/kernel") or arrays.get("embedding/kernel")
-        channels = first.shape[2] if first and len(first.shape) == 4 else 1
-        yield Source(str(path), arrays, _facts(path, kind, metadata, channels), kind)
+        yield Source(str(path), arrays, _facts(path, kind, metadata), kind)
 
 
 # What a file says of itself
 
 
-def _facts(path: pathlib.Path, kind: str, metadata: Mapping[str, Any], channels: int) -> Facts:
+def _facts(path: pathlib.Path, kind: str, metadata: Mapping[str, Any]) -> Facts:
     """From the file's own metadata, or the config.json and preprocessor_config.json that PyTorch's libraries keep."""
-    facts = KINDS[kind]
-    if kind == "official":
-        facts = dataclasses.replace(facts, mean=facts.mean * channels, std=facts.std * channels)
-        said = metadata
-    else:
-        model, inputs = (_beside(path, name) for name in ("config.json", "preprocessor_config.json"))
-        timm = model.get("pretrained_cfg", model) if isinstance(model.get("pretrained_cfg", model), dict) else {}
-        said = {
-            "norm_epsilon": model.get("layer_norm_eps"),
-            "gelu": GELUS.get(str(model.get("hidden_act"))),
-            "mean": inputs.get("image_mean", timm.get("mean")),
-            "std": inputs.get("image_std", timm.get("std")),
-        } | dict(metadata)
-    try:
-        changes: dict[str, Any] = {
-            "norm_epsilon": said.get("norm_epsilon") and float(said["norm_epsilon"]),
-            "gelu": said["gelu"] if said.get("gelu") in ("tanh", "exact") else None,
-            "mean": tuple(float(x) for x in said.get("mean") or ()),
-            "std": tuple(float(x) for x in said.get("std") or ()),
-        }
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} or the config.json beside it says {error}: mend or remove what it says") from error
-    return dataclasses.replace(facts, **{name: value for name, value in changes.items() if value})
+    said = dict(metadata) or ({} if kind == "official" else _said_beside(path))
+    read: dict[str, Callable[[Any], Any]] = {
+        "norm_epsilon": float,
+        "gelu": lambda name: {"exact": "exact", "tanh": "tanh"}[name],
+        "mean": lambda numbers: tuple(map(float, numbers)),
+        "std": lambda numbers: tuple(map(float, numbers)),
+        "num_heads": int,
+        "position_embedding": str,
+        "mask_self": bool,
+    }
+    facts: dict[str, Any] = {}
+    for name, convert in read.items():
+        if said.get(name) is not None:
+            try:
+                facts[name] = convert(said[name])
+            except (TypeError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"{path} or a config.json beside it says that {name} is {said[name]!r}: mend or remove what says so"
+                ) from error
+    return dataclasses.replace(KINDS[kind], **facts)
+
+
+def _said_beside(path: pathlib.Path) -> dict[str, Any]:
+    """What transformers' and timm's JSON files in the folder of a file of weights say."""
+    model, inputs = (_beside(path, name) for name in ("config.json", "preprocessor_config.json"))
+    timm = model.get("pretrained_cfg", model)
+    timm = timm if isinstance(timm, dict) else {}
+    act = model.get("hidden_act")
+    return {
+        "norm_epsilon": model.get("layer_norm_eps"),
+        "gelu": GELUS.get(act, act) if isinstance(act, str) else act,
+        "mean": inputs.get("image_mean", timm.get("mean")),
+        "std": inputs.get("image_std", timm.get("std")),
+        "num_heads": model.get("num_attention_heads"),
+    }
 
 
 def _beside(path: pathlib.Path, name: str) -> dict[str, Any]:
@@ -133,7 +153,7 @@ def fit(
     *,
     skip: Sequence[str] = (),
     resample_patches: bool = False,
-    keep_head: bool = False,
+    whole: bool = False,
 ) -> tuple[dict[str, jax.Array], list[str]]:
     """The parameters of a model that come from `source`, placed as `like` says, and lines that tell what was changed.
 
@@ -144,33 +164,27 @@ def fit(
       grid: rows and columns of the model's patches.
       skip: regexes, searched in a path: parameters that stay new, and arrays of the source that are left out.
       resample_patches: whether a patch embedding of another patch size may be resampled (FlexiViT).
-      keep_head: whether the head must come from the source.
+      whole: whether nothing may be new, the head included.
 
     Raises:
       UserError: an array is missing, is of no use or has another shape (all are named), or a regex matches nothing.
     """
     skipped = _skipped(skip, {*source.arrays, *like})
+    if whole and (new := sorted(skipped & like.keys())):
+        raise UserError(f"init.skip leaves out {_some(new)}, without which nothing can be measured: take it away")
     arrays = {name: stored for name, stored in source.arrays.items() if name not in skipped}
     wanted = {name: leaf for name, leaf in like.items() if name not in skipped}
-    notes, left_out = [], []
-    head = [arrays[name].shape if name in arrays else None for name in HEAD]
-    if not keep_head and head[1] != wanted.get(HEAD[1], np.zeros(())).shape:
-        classes = head[1][0] if head[1] else "no"
-        notes += [f"the head is new: there are {classes} classes in it"] if HEAD[1] in wanted else []
-        left_out += [name for name in HEAD if name in arrays]
-        wanted = {name: leaf for name, leaf in wanted.items() if name not in HEAD}
-    if "pre_logits/kernel" not in like and "pre_logits/kernel" in arrays:
-        left_out += ["pre_logits/kernel", "pre_logits/bias"]
-        notes.append("pre_logits is left out (model.representation_size is 0)")
+    wanted, left_out, notes = _without_head(arrays, wanted, whole)
     arrays = {name: stored for name, stored in arrays.items() if name not in left_out}
     _check(source, arrays, wanted, resample_patches)
+    notes += _check_heads(source, wanted)
 
     params = {}
     for name, leaf in wanted.items():
         array = arrays[name].read()
-        if name == POSITIONS and array.shape != leaf.shape:
-            array, note = fitted_positions(array, grid, leaf.shape[1] - math.prod(grid))
-            notes.append(note)
+        if name == POSITIONS:
+            array, changes = fitted_positions(array, grid, leaf.shape[1] - math.prod(grid))
+            notes += changes
         elif name == "embedding/kernel" and array.shape != leaf.shape:
             notes.append(f"patches resampled from {array.shape[0]} to {leaf.shape[0]} pixels")
             array = resampled_patches(array, leaf.shape[:2])
@@ -180,6 +194,38 @@ def fit(
     if skipped_there := sorted(skipped & source.arrays.keys()):
         notes.append(f"left out: {_some(skipped_there)}")
     return params, notes
+
+
+def _without_head(
+    arrays: Arrays, wanted: Mapping[str, Any], whole: bool
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """What is still wanted, which arrays are left out, and lines that say so, where the head starts new."""
+    drops_layer = "pre_logits/kernel" in arrays and "pre_logits/kernel" not in wanted
+    if drops_layer and whole:
+        width = arrays["pre_logits/kernel"].shape[-1]
+        raise UserError(f"the head there reads a pre_logits layer: set model.representation_size={width}")
+    left_out = ["pre_logits/kernel", "pre_logits/bias"] if drops_layer else []
+    notes = ["pre_logits is left out (model.representation_size is 0)"] if drops_layer else []
+    if HEAD[1] not in wanted:
+        return dict(wanted), left_out, notes
+    classes = arrays[HEAD[1]].shape[0] if HEAD[1] in arrays and arrays[HEAD[1]].shape else "no"
+    if whole or classes == wanted[HEAD[1]].shape[0] and not drops_layer:
+        return dict(wanted), left_out, notes + [f"the head comes along: {classes} classes"]
+    notes.append(f"the head is new: there are {classes} classes in it")
+    return {n: leaf for n, leaf in wanted.items() if n not in HEAD}, left_out + list(HEAD), notes
+
+
+def _check_heads(source: Source, wanted: Mapping[str, Any]) -> list[str]:
+    """Where heads are not told apart by shapes, their number is the file's; else it is said that nobody knows."""
+    queries = [leaf.shape for name, leaf in wanted.items() if name.endswith("/query/kernel")]
+    if not (source.heads_merged and queries):
+        return []
+    there, here = source.facts.num_heads, queries[0][1]
+    if there is None:
+        return [f"the file does not say how many heads it has: they are taken to be {here}"]
+    if there != here:
+        raise UserError(f"the weights in {source.name} have {there} heads: set model.num_heads={there}, not {here}")
+    return []
 
 
 def _skipped(skip: Sequence[str], paths: set[str]) -> set[str]:
@@ -206,7 +252,8 @@ def _check(source: Source, arrays: Arrays, wanted: Mapping[str, Any], resample_p
         there, here = arrays[name].shape, tuple(wanted[name].shape)
         same = there == (merged(name, here) if source.heads_merged else here)
         positions = name == POSITIONS and len(there) == 3 and there[::2] == here[::2] and there[1] <= MOST_POSITIONS
-        patches = name == "embedding/kernel" and len(there) == 4 and there[2:] == here[2:] and there[0] == there[1] > 0
+        patches = name == "embedding/kernel" and len(there) == 4 and there[2:] == here[2:]
+        patches = patches and 0 < there[0] == there[1] <= LARGEST_PATCH
         if not (same or positions or (patches and resample_patches)):
             hint = " (init.resample_patches=True resamples it)" if patches else ""
             misshapen.append(f"{name} is {there} there and {here} here{hint}")
@@ -214,7 +261,8 @@ def _check(source: Source, arrays: Arrays, wanted: Mapping[str, Any], resample_p
     wrong += [f"{len(surplus)} arrays have no place here: {_some(surplus)}"] if surplus else []
     wrong += [f"{len(misshapen)} have another shape: {_some(misshapen)}"] if misshapen else []
     if wrong:
-        looks = variant(arrays)
+        looks = variant({name: stored.shape for name, stored in arrays.items()})
+        looks = None if looks == variant({name: leaf.shape for name, leaf in wanted.items()}) else looks
         looks = f"; this looks like {looks}: set model.preset or the model's sizes to it" if looks and misshapen else ""
         remedy = "" if misshapen else "; init.skip takes regexes of what may be new or left out"
         raise UserError(f"the weights in {source.name} do not fit this model: {'; '.join(wrong)}{looks}{remedy}")
@@ -225,9 +273,8 @@ def _some(texts: Sequence[str]) -> str:
     return ", ".join(texts[:SHOWN]) + more
 
 
-def variant(arrays: Arrays) -> str | None:
-    """What a file plainly is, "L/16" as a rule, from its shapes; None where it is no ViT of patches."""
-    shapes = {name: stored.shape for name, stored in arrays.items()}
+def variant(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What weights plainly are, "L/16" as a rule, from their shapes; None where they are no ViT of patches."""
     kernel = shapes.get("embedding/kernel", ())
     mlp = shapes.get("Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel", ())
     if len(kernel) != 4 or len(mlp) != 2:
@@ -245,27 +292,31 @@ def variant(arrays: Arrays) -> str | None:
 # Position embeddings and patches of another size
 
 
-def fitted_positions(table: np.ndarray, grid: tuple[int, int], slots: int) -> tuple[np.ndarray, str]:
+def fitted_positions(table: np.ndarray, grid: tuple[int, int], slots: int) -> tuple[np.ndarray, list[str]]:
     """A position embedding [1, N, D] for another grid, with `slots` (0 or 1) for the class token; and what was done.
 
     The table's own grid is square, with a slot for the class token before it or (as in big_vision) none: then that
-    token's is zero.
+    token's is zero. Another table must have the right number of tokens.
 
     Raises:
-      UserError: its grid is not square.
+      UserError: it has not, and its grid is not square.
     """
     tokens = table.shape[1]
     side = math.isqrt(tokens)
     there = tokens - side**2  # slots
     if there > 1 or side == 0:
+        if tokens == slots + math.prod(grid):
+            return table, []
         raise UserError(f"{POSITIONS} has {tokens} tokens, which are no square grid: it cannot be resized")
-    patches = resized_positions(table[:, there:].reshape(side, side, -1), grid)
-    cls = table[:, :there] if there else np.zeros_like(table[:, :1])
     changes = [] if grid == (side, side) else [f"resized from {side}x{side} to {grid[0]}x{grid[1]}"]
     if there != slots:
         changes.append("with a slot of zeros for the class token" if slots else "without the class token's slot")
-    note = f"position embedding {', '.join(changes)}"
-    return np.concatenate([cls[:, :slots], patches.reshape(1, -1, table.shape[2])], axis=1), note
+    if not changes:
+        return table, []
+    patches = resized_positions(table[:, there:].reshape(side, side, -1), grid)
+    cls = table[:, :there] if there else np.zeros_like(table[:, :1])
+    table = np.concatenate([cls[:, :slots], patches.reshape(1, -1, table.shape[2])], axis=1)
+    return table, [f"position embedding {', '.join(changes)}"]
 
 
 def resized_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -297,11 +348,7 @@ def resampled_patches(kernel: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 # Writing
 
 
-def write(file: BinaryIO, params: Mapping[str, np.ndarray], format: str, scheme: str, facts: Facts) -> None:
-    """Writes parameters (path → array) as an "npz" or "safetensors" file under the names of a scheme.
-
-    Raises:
-      UserError: the scheme has no name for a parameter.
-    """
+def write(file: BinaryIO, arrays: Mapping[str, np.ndarray], format: str, facts: Facts) -> None:
+    """Writes arrays, named and laid out as `names.renamed` does, as an "npz" or "safetensors" file."""
     writer = {"npz": archives.write_npz, "safetensors": archives.write_safetensors}[format]
-    writer(file, names.renamed(params, scheme), dataclasses.asdict(facts))
+    writer(file, arrays, dataclasses.asdict(facts))

@@ -90,7 +90,7 @@ class Checkpoints:
         Raises:
           UserError: it cannot be read, or has other names or shapes; they are listed.
         """
-        saved = self._item_shapes(step, name)
+        saved = self.shapes(step, name)
         expected = _shapes(like)
         wrong = [f"{key} is not in the checkpoint" for key in expected if key not in saved]
         wrong += [f"{key} is only in the checkpoint" for key in saved if key not in expected]
@@ -103,6 +103,15 @@ class Checkpoints:
             raise UserError(f"the weights in {self.folder / str(step)} do not fit this model: {'; '.join(wrong)}")
         return self._restore(step, {name: like})[name]
 
+    def shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
+        """Path → shape of the tree "params" or "ema" of `step`. Raises UserError where it cannot be read."""
+        self._check_files(step)
+        try:
+            tree = self._manager.item_metadata(step)[name]
+            return _shapes(getattr(tree, "tree", tree))
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
     def read_weights(self, step: int, name: str) -> dict[str, np.ndarray]:
         """The tree "params" or "ema" of `step` as it is there: path → array.
 
@@ -112,7 +121,7 @@ class Checkpoints:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         shapes = {
             tuple(path.split("/")): jax.ShapeDtypeStruct(shape, np.float32, sharding=here)
-            for path, shape in self._item_shapes(step, name).items()
+            for path, shape in self.shapes(step, name).items()
         }
         tree = self._restore(step, {name: traverse_util.unflatten_dict(shapes)})[name]
         return jax.device_get(traverse_util.flatten_dict(tree, sep="/"))
@@ -145,14 +154,6 @@ class Checkpoints:
         damaged = [name for name in expected if found.get(name) != expected[name]]
         if damaged:
             raise self._unreadable(step, ValueError(f"{damaged[0]} is not as it was written"))
-
-    def _item_shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
-        self._check_files(step)
-        try:
-            tree = self._manager.item_metadata(step)[name]
-            return _shapes(getattr(tree, "tree", tree))
-        except Exception as error:
-            raise self._unreadable(step, error) from error
 
     def _restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         self._check_files(step)

@@ -42,7 +42,6 @@ class Dispatcher:
         self._table = np.zeros((TABLE_STEPS, batch_size), np.int32)
         started = time.monotonic()
         self._size_at = task.size_at
-        self.multipliers = task.multipliers
         sizes = {task.size_at(0), task.classifier.image_size}
         arguments = (state, *self._pictures, self._table, np.int32(0))
         self._train_steps = {size: make_train_steps(task, size).lower(*arguments).compile() for size in sizes}

@@ -58,8 +58,8 @@ def evaluate(run: Trained, dataset: str | None = None, flip_tta: bool = False) -
       UserError: the data cannot be had, or its classes are others.
     """
     split = trained.measured_split(run, dataset)
-    size = setup.part_size(run.config)
-    classifier, seen = setup.as_probe(run.config, run.classifier), split
+    size = setup.evaluation_size(run.config)
+    classifier, seen = setup.as_probe(run.config, run.classifier, setup.make_rules(run.config, run.classifier)), split
     if isinstance(classifier, Probe):
         seen = featured(classifier, run.params, split, size)
     results = make_evaluator(classifier, seen, size)(run.params)

@@ -11,9 +11,8 @@ from jax import export as jax_export
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
-from vit_jax.models import pretrained
-from vit_jax.models.pretrained import Facts
-from vit_jax.training import trained
+from vit_jax.models import names, pretrained
+from vit_jax.training import setup, trained
 from vit_jax.training.step import Classifier
 from vit_jax.training.writers import replacing, write_json
 
@@ -46,19 +45,20 @@ def export(
     if scheme != "official":
         _check_plain(config, scheme)
     if scheme == "transformers":
-        _check_neighbours(output)
+        _check_place(output)
     params = jax.device_get(run.params)
     if format == "stablehlo":
         data = stablehlo(classifier, params)
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as file:
             file.write(data)
-        return "jax.export.deserialize(bytearray(open(FILE, 'rb').read())).call(pictures) gives logits"
-    model, data_fields = config.model, config.data
-    facts = Facts(model.norm_epsilon, model.gelu, tuple(data_fields.mean), tuple(data_fields.std))
+        size, channels = classifier.image_size, len(classifier.mean)
+        call = f"jax.export.deserialize(bytearray(open({str(output)!r}, 'rb').read())).call(pictures)"
+        return f"{call} gives logits of uint8 pictures [B, {size}, {size}, {channels}]"
+    arrays = names.renamed(traverse_util.flatten_dict(params, sep="/"), scheme)
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as file:
-        pretrained.write(file, traverse_util.flatten_dict(params, sep="/"), format, scheme, facts)
+        pretrained.write(file, arrays, format, setup.facts(config))
     if scheme == "transformers":
         write_json(output.with_name("config.json"), transformers_config(config, class_names))
         write_json(output.with_name("preprocessor_config.json"), transformers_inputs(config))
@@ -86,8 +86,10 @@ def _check_plain(config: ConfigDict, scheme: str) -> None:
         raise UserError(f"{scheme}'s Vision Transformer has no {', '.join(other)}: use --format npz or stablehlo")
 
 
-def _check_neighbours(output: pathlib.Path) -> None:
-    """transformers' config.json may not take the place of another program's."""
+def _check_place(output: pathlib.Path) -> None:
+    """transformers looks for a file of one name, and its config.json may not take the place of another program's."""
+    if output.name != "model.safetensors":
+        raise UserError(f"transformers looks for a model.safetensors, not {output.name}: give --output that name")
     path = output.with_name("config.json")
     try:
         ours = json.loads(path.read_text()).get("model_type") == "vit"
@@ -138,10 +140,11 @@ def transformers_inputs(config: ConfigDict) -> dict[str, Any]:
 
 def timm_call(config: ConfigDict, num_classes: int) -> str:
     model, data = config.model, config.data
+    # timm rounds the MLP's width down: half a feature more keeps it from losing one.
     act = "" if model.gelu == "exact" else ", act_layer='gelu_tanh'"
     return (
         f"timm.models.VisionTransformer(img_size={data.image_size}, patch_size={model.patch_size}, "
         f"in_chans={len(data.mean)}, num_classes={num_classes}, embed_dim={model.width}, depth={model.depth}, "
-        f"num_heads={model.num_heads}, mlp_ratio={model.mlp_dim / model.width:g}{act}, "
+        f"num_heads={model.num_heads}, mlp_ratio={model.mlp_dim + 0.5} / {model.width}{act}, "
         f"norm_layer=functools.partial(torch.nn.LayerNorm, eps={model.norm_epsilon:g}))"
     )

@@ -17,14 +17,14 @@ from ml_collections import ConfigDict
 
 from vit_jax.analysis import plots
 from vit_jax.analysis.metrics import peak_flops, summarize, training_flops
-from vit_jax.data.load import Splits
+from vit_jax.data.load import Split, Splits
 from vit_jax.errors import RunError, Stopped, UserError
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup, starting
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.dispatch import Dispatcher, featured, make_evaluator
-from vit_jax.training.optim import EVERYTHING, rule_table
+from vit_jax.training.optim import EVERYTHING, Rules, rule_table
 from vit_jax.training.setup import Plan
 from vit_jax.training.step import (
     Classifier,
@@ -48,6 +48,7 @@ class Run:
     workdir: pathlib.Path
     splits: Splits
     plan: Plan
+    rules: Rules
     classifier: Classifier
     schedule: Callable[[int], Any]
     dispatch: Dispatcher
@@ -78,28 +79,31 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         return summary
     meshes.enable_compilation_cache()
     mesh = meshes.make_mesh(config.mesh.data)
-    if not runs.has_checkpoints(workdir):
+    if new := not runs.has_checkpoints(workdir):
         config = starting.resolve(config)
     splits = setup.load_data(config)
     config = runs.same_run(setup.resolve_data(config, splits.train, mesh), workdir)
     plan, notes = setup.make_plan(config, len(splits.train.labels))
-    classifier = setup.as_probe(config, setup.make_classifier(config, len(splits.train.class_names), mesh))
-    task, schedule = setup.make_task(config, classifier, plan)
+    class_names = splits.train.class_names
+    classifier = setup.make_classifier(config, len(class_names), mesh)
+    rules = setup.make_rules(config, classifier)
+    classifier = setup.as_probe(config, classifier, rules)
+    task, schedule = setup.make_task(config, classifier, plan, rules)
     initial = None
-    if config.init.checkpoint and not runs.has_checkpoints(workdir):
-        initial, origin = starting.weights(config, classifier)
+    if config.init.checkpoint and new:
+        initial, origin = starting.weights(config, classifier, class_names)
         notes += origin
 
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    state, seconds = _first_state(task, checkpoints, initial)
+    state, seconds = _new_state(task, initial) if new else _last_state(task, checkpoints)
     step = int(state.step)
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-    if task.multipliers != EVERYTHING:
-        print(rule_table(task.multipliers, state.params))
+    if rules != EVERYTHING:
+        print(rule_table(rules, state.params))
     print(f"{plan.total} steps of {config.train.batch_size} in {workdir}; {setup.protocol(config, splits)}")
     print("\n".join(notes + [f"going on from step {step}"] * bool(step)), flush=True)
     if isinstance(classifier, Probe):
-        splits = _featured(splits, classifier, state.params, setup.part_size(config))
+        splits = _featured(splits, classifier, state.params, setup.evaluation_size(config))
 
     dispatch = Dispatcher(task, state, splits.train, config.train.batch_size)
     if not config.train.steps_per_call:
@@ -107,11 +111,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     runs.write_config(workdir, config, splits.train.class_names)
     print(f"compiled in {dispatch.compile_seconds:.1f} s; {config.train.steps_per_call} steps a dispatch", flush=True)
 
-    evaluate = make_evaluator(classifier, splits.watched, setup.part_size(config))
+    evaluate = make_evaluator(classifier, splits.watched, setup.evaluation_size(config))
     metrics = Metrics(workdir, step)
     if lost := plan.evaluations_until(step) - {row["step"] for row in metrics.rows}:
         raise UserError(f"{metrics.path} has lost the row of step {min(lost)}: restore it, or give another --workdir")
-    run = Run(config, workdir, splits, plan, classifier, schedule, dispatch, evaluate, checkpoints, metrics)
+    run = Run(config, workdir, splits, plan, rules, classifier, schedule, dispatch, evaluate, checkpoints, metrics)
     with contextlib.closing(checkpoints), contextlib.closing(metrics):
         state, seconds = _run_steps(run, state, seconds)
     return _summarize(run, state, seconds)
@@ -160,13 +164,16 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
 # The state that a run begins with
 
 
-def _first_state(
-    task: Task, checkpoints: Checkpoints, initial: dict[str, jax.Array] | None
-) -> tuple[TrainState, float]:
-    """The last checkpoint's state and its seconds; where there is none, a new one, with `initial` weights if given."""
+def _last_state(task: Task, checkpoints: Checkpoints) -> tuple[TrainState, float]:
+    """The last checkpoint's state, and its seconds."""
     latest = checkpoints.latest_step()
-    if latest is not None:
-        return checkpoints.restore(latest, abstract_state(task)), checkpoints.seconds(latest)
+    if latest is None:
+        raise UserError(f"{checkpoints.folder} holds no whole checkpoint: move it away, or give another --workdir")
+    return checkpoints.restore(latest, abstract_state(task)), checkpoints.seconds(latest)
+
+
+def _new_state(task: Task, initial: dict[str, jax.Array] | None) -> tuple[TrainState, float]:
+    """The state before the first step, with `initial` weights if given."""
     state = init_state(task)
     if initial is not None:
         params = starting.placed(state.params, initial)
@@ -176,12 +183,11 @@ def _first_state(
 
 def _featured(splits: Splits, probe: Probe, params: Any, batch_size: int) -> Splits:
     """The splits with the trunk's features for pictures."""
-    made = {
-        field.name: split and featured(probe, params, split, batch_size)
-        for field in dataclasses.fields(splits)
-        for split in [getattr(splits, field.name)]
-    }
-    return Splits(**made)
+
+    def one(split: Split | None) -> Split | None:
+        return None if split is None else featured(probe, params, split, batch_size)
+
+    return Splits(featured(probe, params, splits.train, batch_size), one(splits.validation), one(splits.test))
 
 
 # A row of metrics.csv
@@ -271,14 +277,14 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
     """Measures the last weights on test, draws the curves, and writes summary.json, which says the run is finished."""
     evaluate = run.evaluate
     if run.splits.reported is not run.splits.watched:
-        evaluate = make_evaluator(run.classifier, run.splits.reported, setup.part_size(run.config))
+        evaluate = make_evaluator(run.classifier, run.splits.reported, setup.evaluation_size(run.config))
     test = summarize(evaluate(state.params if state.ema is None else state.ema))
     best = best_row(run.metrics.rows) if run.selects else None
     speed = statistics.median(row["images_per_second"] for row in run.metrics.rows)
     if run.plan.small:  # neither size's own speed says how long the run takes
         speed = int(state.step) * run.config.train.batch_size / max(seconds, 1e-9)
     device, devices = jax.devices()[0].device_kind, run.classifier.mesh.size
-    whole = not run.plan.small and run.dispatch.multipliers == EVERYTHING  # the formula is for training all of it
+    whole = not run.plan.small and run.rules == EVERYTHING  # the formula is for training all of it
     peak, flops = peak_flops(device), _training_flops(run.classifier) if whole else None
     summary = {
         "test_accuracy": test["accuracy"],

@@ -15,12 +15,23 @@ from vit_jax.config import check, get, put
 from vit_jax.data.load import Split, Splits, load_splits
 from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
+from vit_jax.models.pretrained import Facts
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training.optim import check_rules, make_optimizer, make_schedule, multiplier_rules, partition, path_name
+from vit_jax.training.optim import (
+    EVERYTHING,
+    Rules,
+    check_rules,
+    make_optimizer,
+    make_schedule,
+    multiplier_rules,
+    partition,
+    path_name,
+)
 from vit_jax.training.step import Augmentation, Classifier, Probe, Task
 
 MOST_STEPS = 2**31 - 1  # the step is an int32
 MOST_EVENTS = 1_000_000  # evaluations, or checkpoints, of a run
+SMALLEST_EVALUATION = 64  # pictures at once
 MODEL_DEFAULTS = {"gelu": "tanh", "norm_epsilon": 1e-6}  # where nothing else is known of the weights
 
 
@@ -53,6 +64,13 @@ def expanded(path: str) -> pathlib.Path:
         raise UserError(f"{path}: {error}") from error
 
 
+def facts(config: ConfigDict) -> Facts:
+    """How the weights of a resolved config are made: what a file of them says of itself."""
+    model, data = config.model, config.data
+    made = {name: model[name] for name in ("norm_epsilon", "gelu", "num_heads", "position_embedding", "mask_self")}
+    return Facts(mean=tuple(data.mean), std=tuple(data.std), **made)
+
+
 def load_data(config: ConfigDict) -> Splits:
     """The splits that the config names, from the cache or prepared first."""
     data = config.data
@@ -82,7 +100,10 @@ def resolve_model(config: ConfigDict) -> ConfigDict:
     if config.model.stem == "resnet":
         config.model.resnet_blocks = config.model.resnet_blocks or shape.get("resnet_blocks", ())
     make_policy(config)
-    multiplier_rules(config.init.multipliers, config.model.depth)
+    if multiplier_rules(config.init.multipliers, config.model.depth) != EVERYTHING and not config.init.checkpoint:
+        raise UserError(
+            "init.multipliers is for weights that are there already: set init.checkpoint too, or leave it at full"
+        )
     return config
 
 
@@ -104,8 +125,10 @@ def resolve_data(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
     for name in ("mean", "std"):
         if not get(config, f"data.{name}"):
             put(config, f"data.{name}", getattr(train, name))
+        if len(get(config, f"data.{name}")) == 1:
+            put(config, f"data.{name}", get(config, f"data.{name}") * channels)
         if len(get(config, f"data.{name}")) != channels:
-            raise UserError(f"data.{name} needs {channels} numbers, one a channel of {config.data.name}")
+            raise UserError(f"data.{name} needs one number, or {channels}, one a channel of {config.data.name}")
         if name == "std" and 0 in config.data.std:
             raise UserError(f"the training pictures of {config.data.name} are of one colour: set data.std")
     check(config)
@@ -156,8 +179,14 @@ def make_plan(config: ConfigDict, examples: int) -> tuple[Plan, list[str]]:
 
 
 def part_size(config: ConfigDict) -> int:
-    """How many pictures the model sees at once, in training and in evaluation."""
+    """How many pictures the model sees at once in training."""
     return config.train.batch_size // config.optim.accumulate
+
+
+def evaluation_size(config: ConfigDict) -> int:
+    """How many it sees at once in evaluation: several parts where these are small, for no gradient is kept."""
+    part = part_size(config)
+    return part * -(-SMALLEST_EVALUATION // part)
 
 
 def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classifier:
@@ -169,32 +198,31 @@ def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classif
     return Classifier(model, data.image_size, tuple(data.mean), tuple(data.std), mesh)
 
 
-def as_probe(config: ConfigDict, classifier: Classifier) -> Classifier:
-    """The classifier as a Probe, where only its head is trained and the trunk sees the same in every epoch.
+def make_rules(config: ConfigDict, classifier: Classifier) -> Rules:
+    """What is trained of a classifier, and how fast. Raises UserError where the rules do not suit its parameters."""
+    rules = multiplier_rules(config.init.multipliers, config.model.depth)
+    check_rules(rules, classifier.shapes())
+    return rules
 
-    Raises:
-      UserError: `init.multipliers` do not suit its parameters.
-    """
+
+def as_probe(config: ConfigDict, classifier: Classifier, rules: Rules) -> Classifier:
+    """The classifier as a Probe, where only its head is trained and the trunk sees the same in every epoch."""
     model, augment = config.model, config.augment
-    rules, shapes = multiplier_rules(config.init.multipliers, model.depth), jax.eval_shape(lambda: classifier.init(0))
-    check_rules(rules, shapes)
     changing = [augment.crop != "none", augment.flip, augment.policy != "none", augment.crop_paste, augment.erasing]
     changing += [augment.mixup, augment.cutmix, model.dropout, model.attention_dropout, model.drop_path]
-    if any(changing):
-        return classifier
-    trained, _ = partition(shapes, rules)
-    if any(not path_name(path).startswith("head/") for path, _ in jax.tree_util.tree_leaves_with_path(trained)):
+    trained, _ = partition(classifier.shapes(), rules)
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trained)]
+    if any(changing) or not all(name.startswith("head/") for name in names):
         return classifier
     return Probe(classifier.model, classifier.image_size, classifier.mean, classifier.std, classifier.mesh)
 
 
-def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[Task, Any]:
+def make_task(config: ConfigDict, classifier: Classifier, plan: Plan, rules: Rules = EVERYTHING) -> tuple[Task, Any]:
     """The training task of a resolved config, and its schedule (step → learning rate)."""
     optim = config.optim
     if plan.small:
         classifier.model.check(config.augment.small_size, config.augment.small_size)
     schedule = make_schedule(optim.schedule, optim.learning_rate, plan.warmup, plan.total, optim.final_learning_rate)
-    multipliers = multiplier_rules(config.init.multipliers, config.model.depth)
     optimizer = make_optimizer(
         optim.name,
         schedule,
@@ -203,7 +231,7 @@ def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[T
         b2=optim.b2,
         clip_norm=optim.clip_norm,
         momentum_dtype=optim.momentum_dtype,
-        multipliers=multipliers,
+        multipliers=rules,
     )
     task = Task(
         classifier,
@@ -213,7 +241,7 @@ def make_task(config: ConfigDict, classifier: Classifier, plan: Plan) -> tuple[T
         accumulate=optim.accumulate,
         ema_decay=config.ema.decay,
         seed=config.train.seed,
-        multipliers=multipliers,
+        multipliers=rules,
     )
     return task, schedule
 
@@ -260,10 +288,11 @@ def make_augmentation(config: ConfigDict, plan: Plan) -> Augmentation:
 
 def protocol(config: ConfigDict, splits: Splits) -> str:
     """What the run's numbers were measured on, in a sentence."""
+    holdout, few = config.data.holdout, config.data.train_examples
+    trained = f"{few} pictures" if few is not None else f"{1 - holdout:g}" if holdout else "all"
     if splits.validation is None:
-        return "trained on all of train; curves on test; no selection; test_* is the last step"
-    holdout = config.data.holdout
-    held = f"trained on {1 - holdout:g} of train; curves and choices on the held-out {holdout:g}"
+        return f"trained on {trained} of train; curves on test; no selection; test_* is the last step"
+    held = f"trained on {trained} of train; curves and choices on the held-out {holdout:g}"
     if splits.test is None:
         return f"{held}; the source has no test pictures, so test_* is the last step on the held-out ones"
     return f"{held}; test_* is the last step, measured once"

@@ -1,12 +1,14 @@
 """The weights that a run starts from: those that `init.checkpoint` names, a file's or another run's."""
 
 import contextlib
+import errno
 import functools
+import hashlib
 import os
 import pathlib
-import re
 import sys
-from collections.abc import Iterator
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import fsspec
@@ -17,7 +19,7 @@ from fsspec.callbacks import TqdmCallback
 from ml_collections import ConfigDict
 
 from vit_jax.data.load import Splits
-from vit_jax.errors import UserError
+from vit_jax.errors import DENIED, UserError
 from vit_jax.models import pretrained
 from vit_jax.models.archives import Stored
 from vit_jax.models.pretrained import Facts, Source
@@ -43,47 +45,45 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 
 def weights(
-    config: ConfigDict, classifier: Classifier, keep_head: bool = False
+    config: ConfigDict, classifier: Classifier, class_names: Sequence[str], whole: bool = False
 ) -> tuple[dict[str, jax.Array], list[str]]:
     """The parameters (path → array) of `init.checkpoint` for a classifier, and lines that tell what came how.
 
     Args:
-      keep_head: whether the head must come from there too.
+      class_names: the classifier's; the head of a run with others starts new.
+      whole: whether nothing may be new.
 
     Raises:
       UserError: the weights cannot be had, or do not fit.
     """
-    shapes = jax.eval_shape(lambda: classifier.init(0))
-    like = traverse_util.flatten_dict(meshes.with_sharding(shapes, classifier.mesh), sep="/")
+    like = traverse_util.flatten_dict(meshes.with_sharding(classifier.shapes(), classifier.mesh), sep="/")
     side = classifier.image_size // classifier.model.patch_size
     with opened(config.init.checkpoint) as source:
-        params, notes = pretrained.fit(
-            source,
-            like,
-            (side, side),
-            skip=config.init.skip,
-            resample_patches=config.init.resample_patches,
-            keep_head=keep_head,
+        skip, notes = tuple(config.init.skip), []
+        if source.class_names and source.class_names != tuple(class_names) and source.arrays.keys() & pretrained.HEAD:
+            notes.append(f"the classes of {source.name} are others")
+            skip += ("^head/",)
+        params, changes = pretrained.fit(
+            source, like, (side, side), skip=skip, resample_patches=config.init.resample_patches, whole=whole
         )
         count = sum(array.size for array in params.values())
-        notes = [f"{len(params)} arrays, {count:,} parameters from {source.name}"] + notes
+        notes = [f"{len(params)} arrays, {count:,} parameters from {source.name}", *notes, *changes]
         return params, notes + _differences(config, source.facts)
 
 
 def _differences(config: ConfigDict, facts: Facts) -> list[str]:
-    """In what the config's model is another one than the weights were made with."""
-    model, data = config.model, config.data
-    pairs = {
-        "model.gelu": (model.gelu, facts.gelu),
-        "model.norm_epsilon": (model.norm_epsilon, facts.norm_epsilon),
-        "data.mean": (data.mean, facts.mean),
-        "data.std": (data.std, facts.std),
-    }
-    lines = [f"{path} is {here} here and {there} there" for path, (here, there) in pairs.items() if here != there != ()]
+    """In what the config's model is another one than the weights were made with, as far as that is known."""
+    names = ("gelu", "norm_epsilon", "position_embedding", "mask_self")
+    pairs = {f"model.{name}": (config.model[name], getattr(facts, name)) for name in names}
+    for name in ("mean", "std"):
+        here, there = config.data[name], getattr(facts, name)
+        pairs[f"data.{name}"] = (here, (there * len(here) if len(there) == 1 else there) or None)
+    lines = [
+        f"{path} is {here} here and {there} there" for path, (here, there) in pairs.items() if there not in (None, here)
+    ]
     if not facts.mean:
-        lines.append(
-            f"the file does not say how its inputs were scaled: here by data.mean {data.mean}, data.std {data.std}"
-        )
+        scaled = f"data.mean {config.data.mean}, data.std {config.data.std}"
+        lines.append(f"the file does not say how its inputs were scaled: here by {scaled}")
     return lines
 
 
@@ -110,6 +110,8 @@ def opened(checkpoint: str) -> Iterator[Source]:
     """The weights at a path or URL: a .npz or .safetensors file, a folder of transformers', or a run's workdir."""
     path = fetched(checkpoint) if "://" in checkpoint else setup.expanded(checkpoint)
     if path.is_dir() and not (path / "model.safetensors").exists():
+        if not (path / "checkpoints").is_dir():
+            raise UserError(f"no run in {path}, and no model.safetensors: give a file of weights, or a run's workdir")
         yield _of_run(path)
         return
     with pretrained.opened(path) as source:
@@ -117,14 +119,15 @@ def opened(checkpoint: str) -> Iterator[Source]:
 
 
 def _of_run(workdir: pathlib.Path) -> Source:
-    """A run's last weights, averaged where it keeps an average."""
-    config, _ = runs.read_config(workdir)
-    arrays = {
-        name: Stored(array.shape, functools.partial(np.asarray, array))
-        for name, array in runs.last_weights(workdir).items()
-    }
-    made = Facts(config.model.norm_epsilon, config.model.gelu, config.data.mean, config.data.std)
-    return Source(str(workdir), arrays, made)
+    """A run's last weights, averaged where it keeps an average; they are read when the first of them is."""
+    config, class_names = runs.read_config(workdir)
+    shapes, read_all = runs.last_weights(workdir)
+    arrays = {name: Stored(shape, functools.partial(_item, read_all, name)) for name, shape in shapes.items()}
+    return Source(str(workdir), arrays, setup.facts(config), class_names=class_names)
+
+
+def _item(read_all: Callable[[], dict[str, np.ndarray]], name: str) -> np.ndarray:
+    return read_all()[name]
 
 
 def fetched(url: str) -> pathlib.Path:
@@ -133,21 +136,21 @@ def fetched(url: str) -> pathlib.Path:
     Raises:
       UserError: it cannot be had.
     """
-    folder = meshes.cache_folder() / "weights"
-    path = folder / re.sub(r"[^\w.-]", "-", url)
+    name = pathlib.PurePosixPath(urllib.parse.urlsplit(url).path).name
+    path = meshes.cache_folder() / "weights" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if path.exists():
         return path
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         files, remote = fsspec.url_to_fs(url)
-        folder.mkdir(parents=True, exist_ok=True)
-        bar = TqdmCallback({"unit": "B", "unit_scale": True, "desc": url, "file": sys.stderr})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bar = TqdmCallback({"unit": "B", "unit_scale": True, "desc": name, "file": sys.stderr})
         files.get_file(remote, str(part), callback=bar)
         os.replace(part, path)
     except ImportError as error:
         raise UserError(f'{url} needs another package: pip install "vit_jax[remote]" ({error})') from error
     except Exception as error:  # each of fsspec's file systems has errors of its own
-        if isinstance(error, OSError) and part.exists() and error.errno:  # of the local disk
+        if isinstance(error, OSError) and error.errno in (*DENIED, errno.ENOSPC, errno.EDQUOT):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -88,6 +88,10 @@ class Classifier:
         pictures = jnp.zeros((1, self.image_size, self.image_size, len(self.mean)))
         return self.model.init(jax.random.key(seed), pictures, train=False)["params"]
 
+    def shapes(self) -> Any:
+        """The tree of the parameters' shapes."""
+        return jax.eval_shape(lambda: self.init(0))
+
     def logits(self, params: Any, images: jax.Array) -> jax.Array:
         """As evaluation sees pictures of any size: uint8 [B, H, W, C] → float32 [B, K]."""
         return self.apply(params, ops.resize(images, self.image_size), train=False)
@@ -102,9 +106,9 @@ class Classifier:
 
 @dataclasses.dataclass(frozen=True)
 class Probe(Classifier):
-    """A classifier whose trunk stays as it is: its pictures are what the trunk made of them, once for all.
+    """A classifier whose trunk stays as it is: what the trunk makes of pictures is computed once for all.
 
-    Where it takes images it is given features, float32 [B, D].
+    Wherever training and evaluation speak of images, a Probe is given these features instead, float32 [B, D].
     """
 
     def features(self, params: Any, images: jax.Array) -> jax.Array:
@@ -183,11 +187,8 @@ def step_keys(seed: int, step: jax.Array) -> jax.Array:
 def augment(key: jax.Array, images: jax.Array, size: int, full_size: int, how: Augmentation) -> jax.Array:
     """What is done to each picture alone, uint8 [B, H, W, C] → uint8 [B, size, size, C].
 
-    Where the whole picture would be `full_size` large, a smaller `size` is a crop of it. A Probe's features [B, D] stay
-    as they are.
+    Where the whole picture would be `full_size` large, a smaller `size` is a crop of it.
     """
-    if images.ndim == 2:
-        return images
     crop_key, flip_key, policy_key, paste_key, erase_key = jax.random.split(key, 5)
     if how.crop == "pad":
         height, width = (n * size // full_size for n in images.shape[1:3])
@@ -215,7 +216,8 @@ def training_pictures(
     """
     how, classifier = task.augmentation, task.classifier
     augment_key, mix_key, _ = step_keys(task.seed, step)
-    images = augment(augment_key, images, size, classifier.image_size, how)
+    if not isinstance(classifier, Probe):
+        images = augment(augment_key, images, size, classifier.image_size, how)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, classifier.num_classes), task.label_smoothing)
     if how.mixing is None:
         return images, targets, jnp.zeros((), bool)

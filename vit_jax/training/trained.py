@@ -73,7 +73,7 @@ def open_weights(config: ConfigDict, workdir: pathlib.Path) -> tuple[Trained, li
         raise UserError("no weights to open: set --config.init.checkpoint=FILE, or give a run's --workdir alone")
     meshes.enable_compilation_cache()
     config, splits, classifier = starting.prepared(config)
-    found, notes = starting.weights(config, classifier, keep_head=True)
+    found, notes = starting.weights(config, classifier, splits.train.class_names, whole=True)
     params = starting.placed({}, found)
     names = splits.train.class_names
     return Trained(workdir, config, names, classifier, params, None, config.init.checkpoint), notes
@@ -83,7 +83,7 @@ def _devices(config: ConfigDict) -> int:
     """As many as the run was measured on; here, where there are fewer, as many as can share its batches."""
     here = len(jax.devices())
     wanted = here if config.mesh.data == -1 else min(config.mesh.data, here)
-    return math.gcd(wanted, setup.part_size(config))
+    return math.gcd(wanted, setup.evaluation_size(config))
 
 
 def measured_split(run: Trained, dataset: str | None = None) -> Split:

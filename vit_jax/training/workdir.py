@@ -1,8 +1,10 @@
 """A run's folder: its config.json, and the weights in it."""
 
+import functools
 import json
 import pathlib
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import flax
@@ -109,14 +111,15 @@ def load_weights(
     return params, step, weights
 
 
-def last_weights(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """The last weights of a run, whatever its model is: path → array; its average where it keeps one."""
+def last_weights(workdir: pathlib.Path) -> tuple[dict[str, tuple[int, ...]], Callable[[], dict[str, np.ndarray]]]:
+    """The last weights of a run, whatever its model is; its average where it keeps one.
+
+    Returns path → shape, and a function that reads them (once): path → array.
+    """
     config, _ = read_config(workdir)
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = _choose(checkpoints, "last", workdir)
-    params = checkpoints.read_weights(step, "ema" if config.ema.decay else "params")
-    checkpoints.close()
-    return params
+    step, name = _choose(checkpoints, "last", workdir), "ema" if config.ema.decay else "params"
+    return checkpoints.shapes(step, name), functools.cache(lambda: checkpoints.read_weights(step, name))
 
 
 def _choose(checkpoints: Checkpoints, which: str, workdir: pathlib.Path) -> int:
