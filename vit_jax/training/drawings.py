@@ -20,7 +20,6 @@ from vit_jax.training.writers import Row, read_metrics, score
 SHOWN = 8  # test pictures, each of another class
 MEASURED = 64  # test pictures that the attention distance is a mean of
 BATCH = 8  # pictures at once: their attention weights are large
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by channels
 FILTERS_A_ROW = 7
 
 Cell = tuple[np.ndarray, str]  # a picture, and what stands under it
@@ -80,7 +79,7 @@ class Subject:
         data, images = self.run.config.data, []
         for path in self.files:
             try:
-                images.append(sources.decode(path, data.image_size, MODES[len(data.mean)]))
+                images.append(sources.decode(path, data.image_size, sources.MODES[len(data.mean)]))
             except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
                 raise UserError(f"unreadable picture {path} ({error}): give another") from error
         return np.stack(images)
