@@ -123,7 +123,7 @@ def _image_of(array: np.ndarray) -> Image.Image:
 
 
 def _name_of(picture: Picture) -> str:
-    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else type(picture).__name__
+    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else "this picture"
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ function say(words, isError) {
   find("answer").hidden = true;
 }
 
-async function predict(file) {
+async function predict(file, source) {
   const number = ++asked;
   if (file.size > MOST_BYTES) {
     say("This file is larger than 10 MB: give a smaller one.", true);
@@ -27,7 +27,7 @@ async function predict(file) {
   }
   if (number !== asked) return;
   if (answer.error) say(answer.error, true);
-  else show(answer);
+  else show(answer, source);
 }
 
 function element(tag, name, text) {
@@ -37,7 +37,8 @@ function element(tag, name, text) {
   return made;
 }
 
-function show(answer) {
+function show(answer, source) {
+  find("source").textContent = source;
   find("picture").src = answer.picture;
   find("attention").src = answer.attention;
   find("classes").replaceChildren(
@@ -54,6 +55,7 @@ function show(answer) {
   );
   find("message").hidden = true;
   find("answer").hidden = false;
+  find("result").scrollIntoView({ behavior: "smooth", block: "nearest" });
 }
 
 function sample(label, number) {
@@ -63,7 +65,9 @@ function sample(label, number) {
   const button = document.createElement("button");
   button.type = "button";
   button.append(image, element("span", "", label));
-  button.addEventListener("click", async () => predict(await (await fetch(image.src)).blob()));
+  button.addEventListener("click", async () => {
+    predict(await (await fetch(image.src)).blob(), `a test picture of the class ${label}`);
+  });
   const item = document.createElement("li");
   item.append(button);
   return item;
@@ -77,19 +81,22 @@ async function start() {
   find("about").textContent = facts.join(" · ");
   find("samples").replaceChildren(...run.samples.map(sample));
   find("tests").hidden = !run.samples.length;
-  for (const name of run.pictures) find(name).hidden = false;
+  for (const name of run.pictures) {
+    find(name).querySelector("img").src = `${name}.png`;
+    find(name).hidden = false;
+  }
   find("run").hidden = !run.pictures.length;
 }
 
 find("file").addEventListener("change", (event) => {
-  if (event.target.files.length) predict(event.target.files[0]);
+  for (const file of event.target.files) predict(file, file.name);
   event.target.value = ""; // the same file may be chosen again
 });
 for (const kind of ["dragover", "dragleave", "drop"]) {
   document.addEventListener(kind, (event) => {
     event.preventDefault(); // else the browser would open the file
     find("drop").classList.toggle("over", kind === "dragover");
-    if (kind === "drop" && event.dataTransfer.files.length) predict(event.dataTransfer.files[0]);
+    if (kind === "drop") for (const file of event.dataTransfer.files) predict(file, file.name);
   });
 }
 start();
