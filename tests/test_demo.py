@@ -103,8 +103,9 @@ def test_the_page_in_a_browser(commands, finished, browser, tmp_path):
         shown = answered("right.png")
         assert shown[0][0] == split.class_names[split.labels[right]] and len(shown) == 5
         assert shown == [[p["label"], f"{100 * p['probability']:.1f} %"] for p in found[right][:5]]
-        for name in ("picture", "attention"):
-            assert browser.execute_script(f"return document.getElementById('{name}').naturalWidth") > 100
+        for selector in ("#picture", "#attention", "#curves img"):
+            (image,) = all_of(selector)
+            wait(lambda image=image: browser.execute_script("return arguments[0].naturalWidth > 100", image))
         bars = [float(bar.rect["width"]) for bar in all_of("#classes .bar > span")]
         whole = all_of("#classes .bar")[0].rect["width"]
         assert bars[0] == pytest.approx(whole * found[right][0]["probability"], abs=2)

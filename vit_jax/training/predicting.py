@@ -32,7 +32,7 @@ class Predictor:
       batch_size: most pictures that the model is given at once.
     """
 
-    run: Trained
+    run: Trained = dataclasses.field(repr=False)
     batch_size: int = 64
 
     @property
@@ -83,7 +83,7 @@ class Predictor:
 
     @property
     def side(self) -> int:
-        """Of the pictures that evaluation gives the classifier, which resizes them where its input is larger."""
+        """Of pictures as their data set stores them, pixels; the classifier resizes them where its input is another."""
         return SIDES.get(self.run.config.data.name, self.run.classifier.image_size)
 
     def read(self, picture: Picture) -> np.ndarray:
