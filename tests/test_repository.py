@@ -45,7 +45,8 @@ def test_every_config_and_file_that_the_readme_names_is_there():
 
 def test_declared_dependencies_are_those_that_are_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.match(r"[\w-]+", line).group() for line in project["dependencies"]} - FOR_TFDS
+    lines = project["dependencies"] + project["optional-dependencies"]["demo"]
+    declared = {re.match(r"[\w-]+", line).group() for line in lines} - FOR_TFDS
     declared = {IMPORTED_AS.get(name, name) for name in declared}
     used = {name.split(".")[0] for path in SOURCES for name in imports(path)}
     assert used - sys.stdlib_module_names - {"vit_jax"} == declared

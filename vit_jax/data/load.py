@@ -23,6 +23,7 @@ from vit_jax.data.cache import Split, channel_statistics
 from vit_jax.errors import RunError, UserError
 
 TFDS_NAMES = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn_cropped", "tiny_imagenet": "tiny_imagenet"}
+SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny_imagenet": 64}  # of their pictures, in pixels
 KNOWN = ("digits", *TFDS_NAMES, "tfds:NAME", "folder:PATH")
 FORMAT = 1  # of the cache; a change of it rebuilds
 

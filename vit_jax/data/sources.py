@@ -27,6 +27,7 @@ from vit_jax.errors import UserError
 EXTENSIONS = frozenset("jpg jpeg jfif png webp bmp gif tif tiff ppm pgm".split())
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 BATCH = 256  # pictures decoded at a time: enough to keep the threads busy, little memory
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by channels
 PROBE_SECONDS = 5
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 DISK_ERRORS = (*FULL_DISK, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
@@ -52,18 +53,23 @@ def decode(file: Encoded, image_size: int | None = None, mode: str = "RGB") -> n
 
     Returns uint8 [H, W, C]. Raises whatever Pillow raises on an unreadable picture.
     """
-    with Image.open(file) as opened:
+    with Image.open(file) as image:
         if image_size is not None:
-            opened.draft(None, (2 * image_size, 2 * image_size))  # a JPEG far too large is decoded at a fraction
-        image: Image.Image = ImageOps.exif_transpose(opened)
-        if image.mode == "P":
-            image = image.convert("RGBA")  # Pillow warns where a palette's transparency goes straight to RGB
-        if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 where the high byte is meant
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert(mode)
-        if image_size is not None:
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-        array = np.asarray(image)
+            image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG far too large is decoded at a fraction
+        return pixels(image, image_size, mode)
+
+
+def pixels(image: Image.Image, image_size: int | None = None, mode: str = "RGB") -> np.ndarray:
+    """What `decode` makes of a picture that is open."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "P":
+        image = image.convert("RGBA")  # Pillow warns where a palette's transparency goes straight to RGB
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 where the high byte is meant
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert(mode)
+    if image_size is not None:
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    array = np.asarray(image)
     return array if array.ndim == 3 else array[..., None]
 
 
@@ -103,6 +109,23 @@ def digits() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
 # Folders
 
 
+def listed(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All pictures in and below `folder`, sorted; hidden ones are left out. Raises OSError where it cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found = []
+    for place, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [pathlib.Path(place, name) for name in files if not name.startswith(".") and _is_picture(name)]
+    return sorted(found)
+
+
+def _is_picture(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
 def _entries(folder: pathlib.Path, directories: bool) -> list[os.DirEntry]:
     """Returns the visible sub-folders, or files, of `folder` in the order of their names."""
     with os.scandir(folder) as scan:
@@ -117,9 +140,7 @@ def _folder_pictures(folder: pathlib.Path, image_size: int) -> Pictures:
         raise UserError(f"no class folders in {folder}: expected {folder}/CLASS/PICTURE.jpg")
     items, digest = [], hashlib.sha256()
     for label, entry in enumerate(classes):
-        files = [
-            f for f in _entries(pathlib.Path(entry.path), False) if f.name.rpartition(".")[2].lower() in EXTENSIONS
-        ]
+        files = [f for f in _entries(pathlib.Path(entry.path), False) if _is_picture(f.name)]
         if not files:
             raise UserError(
                 f"no pictures in the class folder {entry.path}: add some ({', '.join(sorted(EXTENSIONS))}) or remove it"
@@ -311,7 +332,7 @@ def _tfds_pictures(tfds: Any, builder: Any, split: str, image_size: int | None) 
         class_names=tuple(builder.info.features["label"].names),
         count=len(source),
         fetch=fetch,
-        mode={1: "L", 4: "RGBA"}.get(builder.info.features["image"].shape[-1], "RGB"),
+        mode=MODES.get(builder.info.features["image"].shape[-1], "RGB"),
         image_size=image_size,
         remedy=f"remove {builder.data_path} to prepare it again",
     )

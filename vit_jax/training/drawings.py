@@ -20,7 +20,6 @@ from vit_jax.training.writers import Row, read_metrics, score
 SHOWN = 8  # test pictures, each of another class
 MEASURED = 64  # test pictures that the attention distance is a mean of
 BATCH = 8  # pictures at once: their attention weights are large
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by channels
 FILTERS_A_ROW = 7
 
 Cell = tuple[np.ndarray, str]  # a picture, and what stands under it
@@ -80,7 +79,7 @@ class Subject:
         data, images = self.run.config.data, []
         for path in self.files:
             try:
-                images.append(sources.decode(path, data.image_size, MODES[len(data.mean)]))
+                images.append(sources.decode(path, data.image_size, sources.MODES[len(data.mean)]))
             except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
                 raise UserError(f"unreadable picture {path} ({error}): give another") from error
         return np.stack(images)
@@ -91,6 +90,15 @@ class Subject:
         batches = ([x[start : start + BATCH] for x in (images, *others)] for start in starts)
         parts = [function(self.model, self.run.params, self.run.inputs(x), *rest) for x, *rest in batches]
         return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    def rollout(self, images: np.ndarray) -> np.ndarray:
+        """How much of each patch reaches what the head reads, [B, h, w], where 1 is an even share."""
+
+        def read(*arguments):
+            return attention.read_by_head(attention.rollout(attention.attention_weights(*arguments)), self.grid)[0]
+
+        maps = self.compute(read, images)
+        return maps / maps.mean((1, 2), keepdims=True)
 
     def path(self, name: str) -> pathlib.Path:
         return self.workdir / "figures" / f"{name}.png"
@@ -192,15 +200,9 @@ def attention_maps(subject: Subject) -> list[pathlib.Path]:
 
 def rollout(subject: Subject) -> list[pathlib.Path]:
     """Attention followed from the head down to the picture, on the pictures."""
-
-    def read(*arguments):
-        return attention.read_by_head(attention.rollout(attention.attention_weights(*arguments)), subject.grid)[0]
-
     images, names = subject.shown
-    maps = subject.compute(read, images)
-    even = maps.mean((1, 2), keepdims=True)
     cells = []
-    for image, name, flow in zip(images, names, maps / even, strict=True):
+    for image, name, flow in zip(images, names, subject.rollout(images), strict=True):
         cells += [(image, plots.shorten(name)), (figures.overlay(image, flow), f"{flow.min():.2f} to {flow.max():.2f}")]
     notes = [
         f"How much of each patch reaches {subject.reader}: the heads' mean and the residual connection, multiplied up "

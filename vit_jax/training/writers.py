@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, TextIO
 
 from tqdm import tqdm
@@ -45,10 +45,10 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))  # paths may be any bytes
 
 
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+def write_json(path: pathlib.Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1) + "\n")
 
 
