@@ -79,7 +79,7 @@ def patch_distances(grid: Grid, patch_size: int) -> np.ndarray:
 def relevance(model: VisionTransformer, params: Any, inputs: jax.Array, classes: jax.Array) -> jax.Array:
     """How much attention brings of each patch to its picture's class in `classes` [B]: at least 0, [B, h, w].
 
-    Gradient-weighted attention (Chefer et al. 2021, arXiv 2103.15679, section 3.2): R <- R + A' R from the first layer
+    Gradient-weighted attention (Chefer et al. 2021, arXiv 2103.15679, section 3): R <- R + A' R from the first layer
     to the last, starting with the identity, where A' is the heads' mean of max(gradient * A, 0). Read like attention:
     the class token's row, else the mean of all rows; the identity, which says nothing of the picture, is taken out.
     """

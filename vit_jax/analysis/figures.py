@@ -1,6 +1,7 @@
 """Drawings of what was measured and of what a model has learned: arrays in, PNG files out."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ DPI = 120
 MOST_CELLS = 30  # classes whose confusions are drawn as a grid
 WORST = 20  # confusions drawn by name where there are more classes
 MOST_PLACES = 8  # rows or columns of patches whose similarities are drawn
+LETTERS = 9  # of a title, an inch
 LONGEST_NAME = 22  # characters of a class name beside a plot
 
 
@@ -42,13 +44,14 @@ def reliability(sums: np.ndarray, path: pathlib.Path, title: str) -> None:
     above.bar(left[seen], (mean - accuracy)[seen], bottom=accuracy[seen], label="gap to the confidence", **gap)
     above.plot([0, 1], [0, 1], color="0.3", linestyle="--", linewidth=1, label="perfectly calibrated")
     above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    above.legend(loc="upper left", title=f"expected calibration error {error:.2%}", alignment="left")
+    above.set_title(f"expected calibration error {error:.2%}", fontsize="medium")
     below.bar(left, examples / total, color="0.6", **style)
     for value, color, name in ((correct, "C0", "accuracy"), (confidence, "C3", "mean confidence")):
         share = value.sum() / total
         below.axvline(share, color=color, label=f"{name} {share:.1%}")
     below.set(xlabel="confidence: probability of the predicted class", ylabel="share of\npictures")
-    figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    handles, labels = (a + b for a, b in zip(*(x.get_legend_handles_labels() for x in (above, below)), strict=True))
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)  # inside it would hide bars
     for axes in (above, below):
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -100,7 +103,7 @@ def _worst_confusions(matrix: np.ndarray, class_names: Sequence[str], path: path
     ]
     axes.set_yticks(range(len(pairs)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.15)
+    axes.margins(x=0.15, y=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="pictures (and their share of the true class)", ylabel="true class → predicted class")
     _plain(axes)
@@ -164,7 +167,7 @@ def overlay(picture: np.ndarray, values: np.ndarray) -> np.ndarray:
     grey = tile(picture).mean(-1, keepdims=True)
     size = grey.shape[1], grey.shape[0]
     smooth = Image.fromarray(_relative(values).astype(np.float32)).resize(size, Image.Resampling.BICUBIC)
-    return (0.5 * grey + 0.5 * heat(np.maximum(np.asarray(smooth), 0))).round().astype(np.uint8)
+    return (0.4 * grey + 0.6 * heat(np.maximum(np.asarray(smooth), 0))).round().astype(np.uint8)
 
 
 def _relative(values: np.ndarray) -> np.ndarray:
@@ -201,5 +204,5 @@ def _plain(axes: Axes) -> None:
 
 
 def _finish(figure: Figure, path: pathlib.Path, title: str) -> None:
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(textwrap.fill(title, round(LETTERS * figure.get_figwidth())), parse_math=False)
     figure.savefig(path, dpi=DPI)
