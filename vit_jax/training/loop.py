@@ -39,6 +39,7 @@ from vit_jax.training.step import (
     init_state,
     zero_sums,
 )
+from vit_jax.training.trackers import Tracking
 from vit_jax.training.writers import Metrics, Progress, Row, best_row, score, write_json
 
 
@@ -56,6 +57,7 @@ class Run:
     evaluate: Callable[[Any], dict[str, np.ndarray]]
     checkpoints: Checkpoints
     metrics: Metrics
+    tracking: Tracking
 
     def epochs(self, steps: int) -> float:
         return steps * self.config.train.batch_size / len(self.splits.train.labels)
@@ -94,6 +96,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
         initial, origin = starting.weights(config, classifier)
         notes += origin
 
+    tracking = Tracking(workdir, config)
+    notes += tracking.notes
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     state, seconds = _first_state(task, checkpoints, initial)
     step = int(state.step)
@@ -115,10 +119,15 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
     metrics = Metrics(workdir, step)
     if lost := plan.evaluations_until(step) - {row["step"] for row in metrics.rows}:
         raise UserError(f"{metrics.path} has lost the row of step {min(lost)}: restore it, or give another --workdir")
-    run = Run(config, workdir, splits, plan, classifier, schedule, dispatch, evaluate, checkpoints, metrics)
-    with contextlib.closing(checkpoints), contextlib.closing(metrics):
-        state, seconds = _run_steps(run, state, seconds)
-    return _summarize(run, state, seconds)
+    run = Run(config, workdir, splits, plan, classifier, schedule, dispatch, evaluate, checkpoints, metrics, tracking)
+    with contextlib.closing(tracking):
+        for row in metrics.rows:
+            tracking.add(row)
+        with contextlib.closing(checkpoints), contextlib.closing(metrics):
+            state, seconds = _run_steps(run, state, seconds)
+        summary = _summarize(run, state, seconds)
+        tracking.finish(summary)
+    return summary
 
 
 def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState, float]:
@@ -145,6 +154,7 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
             if evaluated:
                 row = _row(run, step, sums) | clock.rate(batch_size) | _validate(run, state)
                 metrics.add(row)
+                run.tracking.add(row)
                 progress.say(_describe(row, plan.total))
                 state = dataclasses.replace(state, sums=jax.device_put(zero_sums(), sums["loss"].sharding))
                 sums = jax.device_get(state.sums)

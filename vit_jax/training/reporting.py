@@ -33,7 +33,7 @@ body { max-width: 60rem; margin: 0 auto; padding: 1rem; color: #222; background:
 h1 { margin: 0.5rem 0 0; line-height: 1.2 }
 h2 { margin: 2.5rem 0 0.75rem; padding-bottom: 0.25rem; border-bottom: 1px solid #ddd }
 p { margin: 0.5rem 0 }
-.status, figcaption, small { color: #666 }
+.status, figcaption { color: #666 }
 .numbers { display: flex; flex-wrap: wrap; gap: 0.75rem 2.5rem; margin: 0.75rem 0 }
 .numbers div { color: #666 }
 .numbers b { display: block; font-size: 1.6rem; line-height: 1.2; color: #222 }
@@ -43,7 +43,7 @@ th, td { padding: 0.25rem 1.5rem 0.25rem 0; border-bottom: 1px solid #eee; text-
 figure { margin: 1.5rem 0; overflow-x: auto }
 figure img { max-width: 100% }
 summary { cursor: pointer }
-@media (max-width: 45rem) { figure img { max-width: none; width: 42rem } figure img.tall { width: 30rem } }
+@media (max-width: 45rem) { figure img.wide { max-width: none; width: 42rem } }
 </style>
 <h1>$title</h1>
 $body
@@ -57,7 +57,6 @@ OF_RESULTS = {
 OF_MODEL = {
     "relevance": "Where it finds what speaks for a class.",
     "rollout": "Where attention leads, followed through all layers.",
-    "distance": "How far each head looks.",
 }
 
 
@@ -82,24 +81,26 @@ def write(
     (workdir / "figures").mkdir(exist_ok=True)
     left_out: list[str] = []
 
-    def attempt(what: str, make: Callable[[], Any]) -> Any:
+    def attempt(what: str, make: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return make()
+            return make(*arguments)
         except UserError as error:
             left_out.append(f"{what}: {error}")
 
-    curves = attempt("curves", lambda: drawings.curves(subject))
-    measured = attempt("results and drawings of the model", lambda: _measure(subject, results))
-    failures = measured and {path.stem: path for path in evaluation.draw(measured, workdir) if path.suffix == ".png"}
-    looks = measured and {name: attempt(name, lambda: drawings.DRAWINGS[name](subject)) for name in OF_MODEL}  # noqa: B023
-    if measured and "mistakes" not in failures:
-        left_out.append("mistakes: there are none")
+    curves = attempt("curves", drawings.curves, subject)
+    measured = attempt("results and drawings of the model", _measure, subject, results)
+    failures, looks = {}, {}
+    if measured is not None:
+        failures = {path.stem: path for path in evaluation.draw(measured, workdir)}
+        looks = {name: attempt(name, drawings.DRAWINGS[name], subject) for name in OF_MODEL}
+        if "mistakes" not in failures:
+            left_out.append("mistakes: there are none")
     parts = {
         "Result": _result(summary, measured, rows),
         "What was run": _origin(config, about),
         "Curves": curves and _picture(curves[0], "Loss and accuracy over epochs."),
-        "Where it fails": failures and _pictures(failures, OF_RESULTS),
-        "Where it looks": looks and _pictures({name: paths[0] for name, paths in looks.items() if paths}, OF_MODEL),
+        "Where it fails": _pictures(failures, OF_RESULTS),
+        "Where it looks": _pictures({name: paths[0] for name, paths in looks.items() if paths}, OF_MODEL),
         "Speed and cost": _cost(summary, rows, about, measured and subject.run.params),
         "Left out": left_out and "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in left_out) + "</ul>",
     }
@@ -131,7 +132,7 @@ def _result(summary: Mapping[str, Any] | None, measured: Evaluation | None, rows
         )
     numbers = {
         "test accuracy": _percent(found.get("accuracy")),
-        "among the first five": _percent(found.get("accuracy_top5")),
+        "test accuracy, top 5": _percent(found.get("accuracy_top5")),
     }
     numbers["test loss"] = f"{found['loss']:.4f}" if found else "–"
     numbers["calibration error"] = _percent(found.get("ece"))
@@ -188,9 +189,10 @@ def _pictures(paths: Mapping[str, pathlib.Path], captions: Mapping[str, str]) ->
 
 
 def _picture(path: pathlib.Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    source = f"data:image/png;base64,{data}"
-    return f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>\n'
+    data = path.read_bytes()
+    wide = ' class="wide"' * (int.from_bytes(data[16:20]) > 900)  # pixels, by the PNG's header
+    image = f'<img{wide} alt="{caption}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>\n"
 
 
 def _table(rows: Iterable[Sequence[str]], headings: Sequence[str] = ()) -> str:
@@ -201,15 +203,9 @@ def _table(rows: Iterable[Sequence[str]], headings: Sequence[str] = ()) -> str:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "unset"
-    return (
-        ", ".join(map(_text, value)) or "none"
-        if isinstance(value, tuple)
-        else f"{value:.6g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return ", ".join(map(_text, value)) or "none"
+    return "unset" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _percent(share: float | None) -> str:
