@@ -140,6 +140,7 @@ class Comet:
                 name=workdir.absolute().name,
                 offline_directory=folder if offline else None,
                 # What it finds out by itself is left out: it would reach into other libraries, and send the code.
+                log_env_details=False,
                 log_code=False,
                 log_git_patch=False,
                 parse_args=False,
@@ -207,7 +208,7 @@ class Tracking:
                 if new:
                     shutil.rmtree(workdir, ignore_errors=True)
                 raise UserError(
-                    f"the tracker {name} cannot be used ({error}): set it up, or leave it out of train.trackers"
+                    f"the tracker {name} cannot be used ({_one_line(error)}): set it up, or leave it out of train.trackers"
                 ) from error
             self._open[name] = tracker
             if tracker.record != stored["record"]:
@@ -241,8 +242,8 @@ class Tracking:
                 act(name, tracker)
             except Exception as error:
                 del self._open[name]
-                message = " ".join(str(error).split())
-                print(f"warning: the tracker {name} failed ({message}); it gets no more", file=sys.stderr, flush=True)
+                warning = f"warning: the tracker {name} failed ({_one_line(error)}); it gets no more"
+                print(warning, file=sys.stderr, flush=True)
 
     def _keep(self) -> None:
         if self._records:
@@ -261,3 +262,7 @@ def _library(name: str, module: str) -> Any:
 
 def _measured(row: Row) -> dict[str, float]:
     return {name: row[name] for name in COLUMNS[1:] if row[name] is not None}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
