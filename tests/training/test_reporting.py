@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 
@@ -76,7 +77,9 @@ def test_a_finished_run_has_left_its_report(finished, commands):
     assert f"{summary['test_accuracy']:.2%} test accuracy" in page.text
     assert f"{summary['test_loss']:.4f} test loss" in page.text and "Finished: 1.068 epochs, 24 steps." in page.text
     assert f"Measured on 359 pictures of digits. Protocol: {summary['protocol']}." in page.text
-    assert "python -m vit_jax.main --config configs/digits.py --workdir" in page.text
+    typed = shlex.join(["python", "-m", "vit_jax.main", *map(str, commands.training(finished))])
+    (shown,) = [words for words in page.words if words.startswith("python -m")]
+    assert about["command"] == typed and shlex.split(shown) == shlex.split(typed)
     assert all(f"{name} {version}" in page.text for name, version in about["versions"].items())
     typed = {str(word).partition("=")[0] for word in commands.training(finished) if str(word).startswith("--config.")}
     changed, differing = page.rows[: len(typed)], page.rows[len(typed) :]
@@ -120,7 +123,8 @@ def test_what_was_typed_and_named_is_text(finished, tmp_path):
     command = f"python -m vit_jax.main --config a.py --workdir {tmp_path}/'{name}' --config.train.seed 0"
     rewrite(run / "config.json", lambda values: values.update(command=command, device="<i>cpu"))
     page, _ = report(run)
-    assert command in page.text and "on <i>cpu." in page.text and ["train.seed", "0"] in page.rows
+    (shown,) = [words for words in page.words if words.startswith("python -m")]
+    assert shlex.split(shown) == shlex.split(command) and "on <i>cpu." in page.text and ["train.seed", "0"] in page.rows
     assert [attributes.get("src", "")[:5] for tag, attributes in page.tags if tag == "img"] == ["data:"] * 6
     assert page.words.count(name) == 2  # the title, and the heading
 

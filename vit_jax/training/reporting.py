@@ -145,12 +145,16 @@ def _result(summary: Mapping[str, Any] | None, measured: Evaluation | None, rows
 
 def _origin(config: ConfigDict, about: Mapping[str, Any]) -> str:
     command = about.get("command", "")
-    typed = {word.partition("=")[0].removeprefix("--config.") for word in shlex.split(command)}
+    words = shlex.split(command)
+    typed = {word.partition("=")[0].removeprefix("--config.") for word in words}
     changed = [path for path in FIELDS if path in typed]
     others = [path for path, field in FIELDS.items() if get(config, path) != field.default]
-    parts = [f"<pre>{escape(command)}</pre>" if command else "<p>The command was not kept.</p>"]
+    lines = " ".join("\\\n  " * word.startswith("--") + shlex.quote(word) for word in words)
+    parts = [f"<pre>{escape(lines)}</pre>" if command else "<p>The command was not kept.</p>"]
     if changed:
-        parts.append("<p>Changed from the recipe:</p>" + _table((path, _text(get(config, path))) for path in changed))
+        parts.append(
+            "<p>Set in the command, over the recipe:</p>" + _table((path, _text(get(config, path))) for path in changed)
+        )
     elif command:
         parts.append("<p>The recipe as it is.</p>")
     fields = ((path, _text(get(config, path)), _text(FIELDS[path].default)) for path in others)
@@ -205,7 +209,7 @@ def _table(rows: Iterable[Sequence[str]], headings: Sequence[str] = ()) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(_text, value)) or "none"
-    return "unset" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+    return "unset" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value) or "none"
 
 
 def _percent(share: float | None) -> str:

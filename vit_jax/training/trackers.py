@@ -208,7 +208,8 @@ class Tracking:
                 if new:
                     shutil.rmtree(workdir, ignore_errors=True)
                 raise UserError(
-                    f"the tracker {name} cannot be used ({_one_line(error)}): set it up, or leave it out of train.trackers"
+                    f"the tracker {name} cannot be used ({_one_line(error)}): set it up, or leave it out of "
+                    "train.trackers"
                 ) from error
             self._open[name] = tracker
             if tracker.record != stored["record"]:
