@@ -132,6 +132,18 @@ def test_one_that_is_not_installed_is_an_error_before_any_is_opened(tmp_path):
     assert good.calls == [] and not (tmp_path / "run").exists()
 
 
+def test_a_record_that_is_gone_and_a_damaged_list_of_records(tmp_path):
+    kept = Kept([])
+    tracking(tmp_path, mlflow=kept).close()
+    kept.fails = {"open"}
+    with pytest.raises(UserError, match="to begin a new record, remove .*trackers.json"):
+        tracking(tmp_path, mlflow=kept)
+    for damage in ("", "[1]", '{"mlflow": {}}'):
+        (tmp_path / "trackers.json").write_text(damage)
+        with pytest.raises(UserError, match="trackers.json is damaged"):
+            tracking(tmp_path, mlflow=Kept([]))
+
+
 def test_no_trackers_leave_nothing(tmp_path):
     opened = Tracking(tmp_path, default_config())
     opened.add(row(3))

@@ -193,7 +193,7 @@ class Tracking:
         self._workdir, self._done = workdir, False
         self._path = workdir / "trackers.json"
         self._open: dict[str, Tracker] = {}
-        self._records: dict[str, Any] = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._records = _read(self._path)
         names = tracker_names(config.train.trackers)
         libraries = {name: _library(name, kinds[name][0]) for name in names}
         fields = {path: get(config, path) for path in FIELDS}
@@ -207,9 +207,10 @@ class Tracking:
                 self.close()
                 if new:
                     shutil.rmtree(workdir, ignore_errors=True)
+                anew = f"; to begin a new record, remove {self._path}" if stored["record"] else ""
                 raise UserError(
                     f"the tracker {name} cannot be used ({_one_line(error)}): set it up, or leave it out of "
-                    "train.trackers"
+                    f"train.trackers{anew}"
                 ) from error
             self._open[name] = tracker
             if tracker.record != stored["record"]:
@@ -249,6 +250,19 @@ class Tracking:
     def _keep(self) -> None:
         if self._records:
             write_json(self._path, self._records)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """{tracker: its record, and the step of the last row that was sent}."""
+    if not path.exists():
+        return {}
+    try:
+        return {
+            name: {"record": kept["record"], "step": kept["step"]}
+            for name, kept in json.loads(path.read_text()).items()
+        }
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): remove it, and the run begins new records") from error
 
 
 def _library(name: str, module: str) -> Any:
