@@ -62,7 +62,7 @@ WRONG = {
     bool: ["perhaps", "1"],
     tuple: ["red", "3", "(1, None)"],
     str: [],
-    (str, tuple): ["()", "3", "(('a',),)", "('head',)", "((1,'a'),)"],
+    (str, tuple): ["3", "(('a',),)", "('head',)", "((1,'a'),)"],
 }
 
 
@@ -90,6 +90,8 @@ def test_a_wrong_value_names_the_field_and_the_allowed_values(path, write):
         ("optim.accumulate=3", ["128", "accumulate=3"]),
         ("train.patience=3", ["data.holdout"]),
         ("mesh.data=0", ["mesh.data"]),
+        ("init.multipliers=()", ["init.multipliers", "full, head"]),
+        ("train.trackers=wandb,mlfow", ["'wandb,mlfow'", "wandb, mlflow, comet"]),
         ("train.seed=2147483648", ["train.seed", "at most 2147483647"]),
         ("data.mean=[[1]]", ["data.mean=[[1]]"]),
         ("optim.clip_norm=1e999", ["optim.clip_norm"]),

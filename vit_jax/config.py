@@ -65,6 +65,12 @@ def switch(default: bool, meaning: str) -> Field:
     return Field(default, bool, meaning, "True or False", lambda v: True)
 
 
+def tracker_names(value: str | tuple[str, ...]) -> list[str]:
+    """Names in brackets, or in one text with commas; each once."""
+    given = value.split(",") if isinstance(value, str) else value
+    return list(dict.fromkeys(name.strip() for name in given if name.strip()))
+
+
 def numbers(meaning: str, check: Callable[[float], bool], allowed: str) -> Field:
     return Field((), tuple, meaning, allowed, lambda v: all(isinstance(x, float) and check(x) for x in v))
 
@@ -73,6 +79,7 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and tuple(map(type, value)) == (str, float)
 
 
+TRACKERS = ("wandb", "mlflow", "comet")
 FIELDS: dict[str, Field] = {
     # The model. What is left unset is taken from the preset.
     "model.preset": text(
@@ -195,6 +202,13 @@ FIELDS: dict[str, Field] = {
     "train.patience": whole(
         0, "stop after this many evaluations without a better held-out accuracy; 0: never", minimum=0
     ),
+    "train.trackers": Field(
+        (),
+        (str, tuple),
+        "where the run is also recorded, each by its own library (an extra)",
+        f"any of {', '.join(TRACKERS)}, as wandb,mlflow or ('wandb','mlflow')",
+        lambda v: (isinstance(v, str) or all(isinstance(x, str) for x in v)) and set(tracker_names(v)) <= set(TRACKERS),
+    ),
     # The optimizer.
     "optim.name": choice(
         "adamw", "adam adds weight decay to the gradient (L2); muon: block matrices", "adamw", "adam", "sgd", "muon"
@@ -245,7 +259,7 @@ AUTOMATIC = ("model.gelu", "model.norm_epsilon", "data.image_size", "data.mean",
 # Their pictures mean something else when mirrored.
 SYMBOLS = ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist", "tfds:mnist_corrupted", "tfds:emnist", "tfds:kmnist")
 # Where and how a run runs: these may change between its start and its resume.
-CHANGEABLE = ("mesh.", "data.dir", "checkpoint.")
+CHANGEABLE = ("mesh.", "data.dir", "checkpoint.", "train.trackers")
 
 
 def default_config() -> ConfigDict:
@@ -408,6 +422,8 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     for path in FIELDS:
         group, name = path.split(".")
         if name not in values.get(group, {}):
+            if path.startswith(CHANGEABLE):  # newer than the run, which does not hang on it
+                continue
             raise UserError(f"the stored config lacks the field {path}: it is of another version of vit_jax")
         put(config, path, values[group][name])
     check(config)

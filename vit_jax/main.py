@@ -1,6 +1,7 @@
 """Trains what a config file says: python -m vit_jax.main --config configs/digits.py"""
 
 import pathlib
+import shlex
 
 from vit_jax import command_line, errors
 
@@ -23,7 +24,7 @@ def main(arguments: list[str]) -> None:
 
     from vit_jax.training import loop  # after the config is known to be right: it takes seconds
 
-    summary = loop.train(config, workdir)
+    summary = loop.train(config, workdir, shlex.join(["python", "-m", "vit_jax.main", *arguments]))
     print(f"test accuracy {summary['test_accuracy']:.2%} ({summary['protocol']}); results in {workdir}")
 
 

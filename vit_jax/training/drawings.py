@@ -11,6 +11,7 @@ import numpy as np
 
 from vit_jax.analysis import attention, embeddings, figures, plots
 from vit_jax.data import sources
+from vit_jax.data.load import Split
 from vit_jax.errors import Absent, UserError
 from vit_jax.training import trained
 from vit_jax.training import workdir as runs
@@ -61,19 +62,23 @@ class Subject:
         return "the class token" if self.model.pool == "cls" else "all tokens, on average"
 
     @functools.cached_property
+    def split(self) -> Split:
+        """The run's own test pictures."""
+        return trained.measured_split(self.run)
+
+    @functools.cached_property
     def shown(self) -> tuple[np.ndarray, list[str]]:
         """Pictures to draw on, uint8 [B, H, W, C], and their names."""
         if self.files:
             return self._read_files(), [path.name for path in self.files]
-        split = trained.measured_split(self.run)
-        classes, firsts = np.unique(split.labels, return_index=True)
+        classes, firsts = np.unique(self.split.labels, return_index=True)
         some = np.linspace(0, len(classes) - 1, min(SHOWN, len(classes))).round().astype(int)
-        return split.images[firsts[some]], [split.class_names[c] for c in classes[some]]
+        return self.split.images[firsts[some]], [self.split.class_names[c] for c in classes[some]]
 
     @functools.cached_property
     def measured(self) -> np.ndarray:
         """Pictures to take means over, uint8 [B, H, W, C]."""
-        return self.shown[0] if self.files else trained.measured_split(self.run).images[:MEASURED]
+        return self.shown[0] if self.files else self.split.images[:MEASURED]
 
     def _read_files(self) -> np.ndarray:
         data, images = self.run.config.data, []

@@ -62,17 +62,22 @@ def evaluate(run: Trained, dataset: str | None = None, flip_tta: bool = False) -
     classifier, seen = setup.as_probe(run.config, run.classifier, setup.make_rules(run.config, run.classifier)), split
     if isinstance(classifier, Probe):
         seen = featured(classifier, run.params, split, size)
-    results = make_evaluator(classifier, seen, size)(run.params)
+    measured = of_results(run, split, make_evaluator(classifier, seen, size)(run.params), dataset)
+    if flip_tta:
+        both = TwoViews(**{field.name: getattr(run.classifier, field.name) for field in dataclasses.fields(Classifier)})
+        flipped = summarize(make_evaluator(both, split, size)(run.params))
+        measured.report.update({f"{name}_flip": value for name, value in flipped.items()})
+    return measured
+
+
+def of_results(run: Trained, split: Split, results: Mapping[str, np.ndarray], dataset: str | None = None) -> Evaluation:
+    """What results of the pictures of `split`, the run's own or those of `dataset`, say."""
     report = summarize(results) | {
         "examples": len(split.labels),
         "checkpoint_step": run.step,
         "weights": run.weights,
         "dataset": dataset or run.config.data.name,
     }
-    if flip_tta:
-        both = TwoViews(**{field.name: getattr(run.classifier, field.name) for field in dataclasses.fields(Classifier)})
-        flipped = summarize(make_evaluator(both, split, size)(run.params))
-        report |= {f"{name}_flip": value for name, value in flipped.items()}
     return Evaluation(report, split, results)
 
 
@@ -81,16 +86,20 @@ def summarize(results: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def write(evaluation: Evaluation, workdir: pathlib.Path) -> list[pathlib.Path]:
-    """Writes evaluation.json in `workdir` and what can be seen of it in its figures/; gives the paths.
+    """Writes evaluation.json in `workdir` and what can be seen of it in its figures/; gives the paths."""
+    paths = draw(evaluation, workdir)
+    write_json(workdir / "evaluation.json", evaluation.report)
+    return [workdir / "evaluation.json", *paths]
 
-    There: reliability.png, confusion.csv and .png, classes.csv (accuracy by class), and the most confident mistakes,
-    mistakes.png, where there are any.
+
+def draw(evaluation: Evaluation, workdir: pathlib.Path) -> list[pathlib.Path]:
+    """Writes, in the workdir's figures/, reliability.png, confusion.csv and .png, classes.csv (accuracy by class), and
+    the most confident mistakes, mistakes.png, where there are any; gives the paths.
     """
-    results, split, report = evaluation.results, evaluation.split, evaluation.report
+    results, split = evaluation.results, evaluation.split
     names, folder = split.class_names, workdir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "evaluation.json", report)
-    title = f"{workdir.name} on {report['dataset']}"
+    title = f"{workdir.name} on {evaluation.report['dataset']}"
 
     matrix = metrics.confusion(split.labels, results["prediction"], len(names))
     rows = metrics.per_class(matrix, names)
@@ -104,7 +113,7 @@ def write(evaluation: Evaluation, workdir: pathlib.Path) -> list[pathlib.Path]:
     figures.reliability(sums, folder / "reliability.png", f"{title}: can its confidence be trusted?")
     draw_mistakes(evaluation, folder / "mistakes.png", title)
     files = ("reliability.png", "confusion.csv", "confusion.png", "classes.csv", "mistakes.png")
-    return [workdir / "evaluation.json", *(folder / name for name in files if (folder / name).exists())]
+    return [folder / name for name in files if (folder / name).exists()]
 
 
 def draw_mistakes(evaluation: Evaluation, path: pathlib.Path, title: str) -> None:

@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import math
 import pathlib
+import shlex
 import signal
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +22,7 @@ from vit_jax.analysis.metrics import peak_flops, summarize, training_flops
 from vit_jax.data.load import Split, Splits
 from vit_jax.errors import RunError, Stopped, UserError
 from vit_jax.training import mesh as meshes
-from vit_jax.training import setup, starting
+from vit_jax.training import reporting, setup, starting
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.dispatch import Dispatcher, featured, make_evaluator
@@ -37,6 +39,7 @@ from vit_jax.training.step import (
     init_state,
     zero_sums,
 )
+from vit_jax.training.trackers import Tracking
 from vit_jax.training.writers import Metrics, Progress, Row, best_row, score, write_json
 
 
@@ -55,6 +58,7 @@ class Run:
     evaluate: Callable[[Any], dict[str, np.ndarray]]
     checkpoints: Checkpoints
     metrics: Metrics
+    tracking: Tracking
 
     def epochs(self, steps: int) -> float:
         return steps * self.config.train.batch_size / len(self.splits.train.labels)
@@ -65,8 +69,10 @@ class Run:
         return self.splits.validation is not None
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[str, Any]:
     """Trains what the config says in `workdir`, or goes on with it; returns what summary.json holds.
+
+    `command` is what was typed, which config.json keeps.
 
     Raises:
       UserError: the config, the data or the workdir is wrong; nothing was written.
@@ -94,6 +100,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         initial, origin = starting.weights(config, classifier, class_names)
         notes += origin
 
+    tracking = Tracking(workdir, config)
+    notes += tracking.notes
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     state, seconds = _new_state(task, initial) if new else _last_state(task, checkpoints)
     step = int(state.step)
@@ -108,17 +116,23 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     dispatch = Dispatcher(task, state, splits.train, config.train.batch_size)
     if not config.train.steps_per_call:
         config.train.steps_per_call = dispatch.choose_steps_per_call(state, step)
-    runs.write_config(workdir, config, splits.train.class_names)
+    runs.write_config(workdir, config, splits.train.class_names, command)
     print(f"compiled in {dispatch.compile_seconds:.1f} s; {config.train.steps_per_call} steps a dispatch", flush=True)
 
     evaluate = make_evaluator(classifier, splits.watched, setup.evaluation_size(config))
     metrics = Metrics(workdir, step)
     if lost := plan.evaluations_until(step) - {row["step"] for row in metrics.rows}:
         raise UserError(f"{metrics.path} has lost the row of step {min(lost)}: restore it, or give another --workdir")
-    run = Run(config, workdir, splits, plan, rules, classifier, schedule, dispatch, evaluate, checkpoints, metrics)
-    with contextlib.closing(checkpoints), contextlib.closing(metrics):
-        state, seconds = _run_steps(run, state, seconds)
-    return _summarize(run, state, seconds)
+    parts = (plan, rules, classifier, schedule, dispatch, evaluate, checkpoints, metrics, tracking)
+    run = Run(config, workdir, splits, *parts)
+    with contextlib.closing(tracking):
+        for row in metrics.rows:
+            tracking.add(row)
+        with contextlib.closing(checkpoints), contextlib.closing(metrics):
+            state, seconds = _run_steps(run, state, seconds)
+        summary = _summarize(run, state, seconds)
+        tracking.finish(summary)
+    return summary
 
 
 def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState, float]:
@@ -145,6 +159,7 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
             if evaluated:
                 row = _row(run, step, sums) | clock.rate(batch_size) | _validate(run, state)
                 metrics.add(row)
+                run.tracking.add(row)
                 progress.say(_describe(row, plan.total))
                 state = dataclasses.replace(state, sums=jax.device_put(zero_sums(), sums["loss"].sharding))
                 sums = jax.device_get(state.sums)
@@ -274,11 +289,14 @@ class Clock:
 
 
 def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
-    """Measures the last weights on test, draws the curves, and writes summary.json, which says the run is finished."""
+    """Measures the last weights on test, draws the curves, writes summary.json, which says the run is finished, and
+    report.html.
+    """
     evaluate = run.evaluate
     if run.splits.reported is not run.splits.watched:
         evaluate = make_evaluator(run.classifier, run.splits.reported, setup.evaluation_size(run.config))
-    test = summarize(evaluate(state.params if state.ema is None else state.ema))
+    results = evaluate(state.params if state.ema is None else state.ema)
+    test = summarize(results)
     best = best_row(run.metrics.rows) if run.selects else None
     speed = statistics.median(row["images_per_second"] for row in run.metrics.rows)
     if run.plan.small:  # neither size's own speed says how long the run takes
@@ -304,7 +322,17 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
     }
     _draw_curves(run)
     write_json(run.workdir / "summary.json", summary)
+    _report(run.workdir, results)
     return summary
+
+
+def _report(workdir: pathlib.Path, results: Mapping[str, np.ndarray]) -> None:
+    """Writes report.html. By now the run is done, and no fault in drawing it may lose it."""
+    try:
+        reporting.write(workdir, results)
+    except Exception as error:
+        again = f"python -m vit_jax.report --workdir {shlex.quote(str(workdir))}"
+        print(f"warning: no report.html ({error}); {again} tries again", file=sys.stderr)
 
 
 def _draw_curves(run: Run) -> None:

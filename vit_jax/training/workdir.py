@@ -24,9 +24,11 @@ from vit_jax.training.writers import write_json
 CHOSEN = ("model.gelu", "model.norm_epsilon", "train.steps_per_call")
 
 
-def write_config(workdir: pathlib.Path, config: ConfigDict, class_names: tuple[str, ...]) -> None:
+def write_config(workdir: pathlib.Path, config: ConfigDict, class_names: tuple[str, ...], command: str) -> None:
+    """Writes config.json; `command` is what was typed, where that is known."""
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (jax, flax, optax)}
     about = {"class_names": list(class_names), "versions": versions, "device": jax.devices()[0].device_kind}
+    about |= {"command": command} if command else {}
     write_json(workdir / "config.json", to_dict(config) | about)
 
 
@@ -42,6 +44,11 @@ def read_config(workdir: pathlib.Path) -> tuple[ConfigDict, tuple[str, ...]]:
         raise UserError(f"{path}: {error}") from error
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+
+
+def read_about(workdir: pathlib.Path) -> dict[str, Any]:
+    """What config.json says of the run besides its config: class_names, versions, device, and command where known."""
+    return json.loads((workdir / "config.json").read_text())
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
