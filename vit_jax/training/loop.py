@@ -109,7 +109,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
     if rules != EVERYTHING:
         print(rule_table(rules, state.params))
     print(f"{plan.total} steps of {config.train.batch_size} in {workdir}; {setup.protocol(config, splits)}")
-    print("\n".join(notes + [f"going on from step {step}"] * bool(step)), flush=True)
+    begin = f"going on from step {step}" if step else "from new weights" if initial is None else "from these weights"
+    print("\n".join([*notes, begin]), flush=True)
     if isinstance(classifier, Probe):
         splits = _featured(splits, classifier, state.params, setup.evaluation_size(config))
 
