@@ -25,7 +25,7 @@ def get_config(variant=""):
         config.train.update({"batch_size": 64, "steps": None, "epochs": 20, "eval_every": 1, "dtype": "float32"})
         config.optim.update({"learning_rate": 1e-2, "weight_decay": 1e-4, "momentum_dtype": "float32"})
         config.optim.final_learning_rate = 1e-2 * (1 + math.cos(math.pi * 20 / 100)) / 2
-        config.optim.update({"clip_norm": 0.0, "warmup_steps": 0, "accumulate": 2})
+        config.optim.update({"clip_norm": 0.0, "warmup_epochs": None, "accumulate": 2})
     else:
         config = cifar10_b16.get_config(variant)
         config.optim.learning_rate = 0.03

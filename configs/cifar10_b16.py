@@ -22,7 +22,6 @@ stands here.
 from vit_jax.config import default_config, variant_error
 
 KNOWN = ("full", "head", "mlp", "res=224", "res=384", "steps=N")
-LONGEST_WARMUP = 500  # steps
 
 
 def get_config(variant="", steps=10_000):
@@ -33,7 +32,7 @@ def get_config(variant="", steps=10_000):
     config.augment.update({"crop": "resized", "min_area": 0.05, "flip": True})
     config.train.update({"batch_size": 512, "steps": steps, "eval_every": 5, "dtype": "bfloat16"})
     config.optim.update({"name": "sgd", "learning_rate": 0.01, "momentum": 0.9, "momentum_dtype": "bfloat16"})
-    config.optim.clip_norm = 1.0
+    config.optim.update({"clip_norm": 1.0, "warmup_epochs": 500 * 512 / 50_000})  # 500 steps of CIFAR
     config.checkpoint.every = 10
     for word in variant.split(",") if variant else ():
         name, _, value = word.partition("=")
@@ -46,7 +45,6 @@ def get_config(variant="", steps=10_000):
         else:
             raise variant_error(word, *KNOWN)
     config.optim.accumulate = 64 if config.data.image_size == 384 else 16
-    config.optim.warmup_steps = min(LONGEST_WARMUP, config.train.steps // 10)
     if config.init.multipliers == "head":
         config.augment.update({"crop": "none", "flip": False})
         config.optim.accumulate = 8

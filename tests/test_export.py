@@ -1,6 +1,7 @@
 """What `export` writes is the run's network: bit for bit in files of weights, to rounding in other programs."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -156,4 +157,26 @@ def test_what_cannot_be_exported(plain, finished, tmp_path):
     (tmp_path / "config.json").write_text('{"mine": 1}')
     with pytest.raises(UserError, match="config.json is there already"):
         exporting.export(plain, "safetensors", path, "transformers")
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("config.json", '{"mine": 1}')]
+    (tmp_path / "config.json").rename(tmp_path / "preprocessor_config.json")
+    with pytest.raises(UserError, match="preprocessor_config.json is there already"):
+        exporting.export(plain, "safetensors", path, "transformers")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("preprocessor_config.json", '{"mine": 1}')]
+    (tmp_path / "preprocessor_config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match="config.json is there already"):
+        exporting.export(plain, "safetensors", path, "transformers")
+
+
+def test_nothing_else_is_written_over(plain, tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(UserError, match="pipe.npz is no file"):
+        exporting.export(plain, "npz", tmp_path / "pipe.npz")
+    for output in (plain / "config.json", plain / "checkpoints" / "6" / "params" / "new.npz"):
+        with pytest.raises(UserError, match="belongs to the run"):
+            exporting.export(plain, "npz", output)
+    (tmp_path / "a.npz.part").write_text("precious")
+    (tmp_path / "link.npz").symlink_to(tmp_path / "target.npz")
+    exporting.export(plain, "npz", tmp_path / "a.npz")
+    exporting.export(plain, "npz", tmp_path / "link.npz")
+    assert (tmp_path / "a.npz.part").read_text() == "precious"
+    assert (tmp_path / "link.npz").is_symlink() and (tmp_path / "target.npz").stat().st_size > 1000

@@ -111,11 +111,12 @@ FIELDS: dict[str, Field] = {
         "resnet",
     ),
     "model.resnet_blocks": Field(
-        (),
+        None,
         tuple,
-        "units in each stage of the ResNet stem; empty: its root alone",
+        "units in each stage of the ResNet stem, () for its root alone; unset: the preset's",
         "whole numbers in brackets, as (3,4,9)",
-        lambda v: all(isinstance(x, int) and 0 < x < 100 for x in v),
+        lambda v: all(type(x) is int and 0 < x < 100 for x in v),
+        optional=True,
     ),
     "model.dropout": fraction(0.0, "dropout rate, to 1/256, after the position embedding, attention and in the MLP"),
     "model.attention_dropout": fraction(0.0, "dropout rate, to 1/256, of the attention probabilities"),
@@ -402,7 +403,8 @@ def _plain(value: Any, floats: bool) -> Any:
     """Lists as tuples, and where `floats` are wanted whole numbers as such."""
     if isinstance(value, list | tuple):
         return tuple(_plain(x, floats) for x in value)
-    return float(value) if floats and isinstance(value, int) and not isinstance(value, bool) else value
+    small = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000
+    return float(value) if floats and small else value
 
 
 # A run's own config
@@ -425,7 +427,7 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
             if path.startswith(CHANGEABLE):  # newer than the run, which does not hang on it
                 continue
             raise UserError(f"the stored config lacks the field {path}: it is of another version of vit_jax")
-        put(config, path, values[group][name])
+        put(config, path, checked(path, FIELDS[path], values[group][name]))
     check(config)
     return config
 

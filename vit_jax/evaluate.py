@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     )
     args, rest = parser.parse_known_args(arguments)
     overrides = command_line.overrides_in(rest)
-    if args.workdir is None and args.config is None:
+    if args.workdir is None:
         parser.error("--workdir is needed: --workdir runs/digits")
     if args.config is None and overrides:
         parser.error(f"{overrides[0]} is for a --config: a run is measured as it was trained")
@@ -34,9 +34,10 @@ def main(arguments: list[str]) -> None:
         parser.error("--checkpoint and --weights choose among a run's weights: leave --config out")
     config = None
     if args.config is not None:
-        config, name = command_line.parse(args.config, overrides)
+        config, _ = command_line.parse(args.config, overrides)
         config.data.dir = args.data_dir or config.data.dir
-        args.workdir = args.workdir or pathlib.Path("runs") / name
+        if (args.workdir / "config.json").exists():
+            parser.error(f"{args.workdir} holds a run: give another --workdir for what is measured of the --config")
 
     from vit_jax.training import evaluation, trained  # after the arguments are known to be right: it takes seconds
 

@@ -173,7 +173,16 @@ def test_facts_of_others(params, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", '{"layer_norm_eps": "small"}', '{"pretrained_cfg": {"mean": ["a"]}}', '{"hidden_act": "relu"}', "[]{"]
+    "text",
+    [
+        "[" * 200_000,
+        '{"num_attention_heads": 1e999}',
+        "{",
+        '{"layer_norm_eps": "small"}',
+        '{"pretrained_cfg": {"mean": ["a"]}}',
+        '{"hidden_act": "relu"}',
+        "[]{",
+    ],
 )
 def test_a_damaged_config_beside_the_file(params, tmp_path, text):
     path = tmp_path / "a.safetensors"

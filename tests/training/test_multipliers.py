@@ -107,7 +107,7 @@ def test_rules_of_ones_own_stay_as_they_are():
     "spec", ["heads", "", "layer:0.75", "layers", "layers:", "layers:0", "layers:1.5", "layers:-1", "layers:nan"]
 )
 def test_unknown_presets_and_decays_are_errors(spec):
-    with pytest.raises(UserError, match="^unknown init.multipliers|above 0 and at most 1"):
+    with pytest.raises(UserError, match="^unknown init.multipliers|from 0.1 to 1"):
         optim.multiplier_rules(spec, 3)
 
 

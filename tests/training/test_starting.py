@@ -213,9 +213,15 @@ def test_a_url_is_fetched_once(official, tmp_path, monkeypatch):
         np.testing.assert_array_equal(source.arrays["cls"].read(), official[1]["cls"])
     with pytest.raises(UserError, match="cannot fetch memory://weights/b.npz"):
         starting.fetched("memory://weights/b.npz")
-    files.pipe("/weights-a.npz", b"x")
+    files.pipe("/weights-a.npz", official[0].read_bytes())
     other = starting.fetched("memory://weights-a.npz")
-    assert other != local and other.read_bytes() == b"x"  # addresses that look alike are told apart
+    assert other != local and other.suffix == ".npz"  # addresses that look alike are told apart
+    files.pipe("/login.npz", b"<html>log in first</html>")
+    with pytest.raises(UserError, match="what memory://login.npz gave: .*cannot be read"):
+        starting.fetched("memory://login.npz")
+    for odd in ("memory://", "http://[x/y.npz"):
+        with pytest.raises(UserError):
+            starting.fetched(odd)
     with pytest.raises(UserError, match=r'pip install "vit_jax\[remote\]"'):
         starting.fetched("smb://nowhere/share/b.npz")
     assert {p.name for p in local.parent.iterdir()} == {local.name, other.name}
@@ -285,6 +291,10 @@ def test_bad_weights_end_in_one_line(official, tmp_path, kind, words):
         ({"init__multipliers": "heads"}, "unknown init.multipliers 'heads'"),
         ({"init__multipliers": "layers:2"}, "layers:0.75"),
         ({"init__checkpoint": "", "init__multipliers": "head"}, "set init.checkpoint too"),
+        ({"init__skip": ("a{99999999999999999999}",)}, "is not a regex"),
+        ({"init__multipliers": (("a{99999999999999999999}", 1.0), (".*", 0.0))}, "is not a regex"),
+        ({"init__skip": (".*",)}, "leaves nothing"),
+        ({"init__multipliers": "layers:1e-200"}, "from 0.1 to 1"),
         ({"model__depth": 3}, "arrays are missing there: Transformer/encoderblock_2/"),
         ({"model__preset": "Ti/2", "model__width": None}, "have another shape"),
     ],
@@ -321,7 +331,35 @@ def test_evaluating_weights_as_they_are_needs_their_head(official, tmp_path):
 
 def test_arguments_of_evaluate(commands, official, tmp_path):
     fields = [f"--config.init.checkpoint={official[0]}", "--config.model.pool=cls"]
-    error = commands.fails("evaluate", "--config", "configs/digits.py", "--weights", "raw", *fields)
+    here = ["--config", "configs/digits.py", "--workdir", tmp_path]
+    error = commands.fails("evaluate", *here, "--weights", "raw", *fields)
     assert "leave --config out" in error
     assert "--workdir is needed" in commands.fails("evaluate")
     assert "as it was trained" in commands.fails("evaluate", "--workdir", tmp_path, "--config.model.pool=cls")
+    (tmp_path / "config.json").write_text("{}")
+    assert "holds a run: give another --workdir" in commands.fails("evaluate", *here, *fields)
+
+
+def test_a_run_that_holds_an_export_is_still_the_run(official, tmp_path):
+    loop.train(config_of(official[0], train__steps=4), tmp_path / "run")
+    with (tmp_path / "run" / "model.safetensors").open("wb+") as file:
+        write_safetensors(file, {name: np.zeros_like(array) for name, array in official[1].items()}, {})
+    with starting.opened(str(tmp_path / "run")) as source:
+        assert np.abs(source.arrays["cls"].read()).max() > 0
+
+
+def test_a_run_of_other_classes_is_not_measured(official, tmp_path):
+    loop.train(config_of(official[0], train__steps=1), tmp_path / "run")
+    config = setup.resolve_model(config_of(tmp_path / "run"))
+    config = setup.resolve_data(starting.resolve(config), load("digits", "train"), mesh.make_mesh(1))
+    classifier = setup.make_classifier(config, 10, mesh.make_mesh(1))
+    with pytest.raises(UserError, match="are not those of digits"):
+        starting.weights(config, classifier, tuple("abcdefghij"), whole=True)
+
+
+def test_automatic_values_of_a_run_without_a_checkpoint_are_taken_anew(official, tmp_path):
+    loop.train(config_of(official[0], train__steps=1), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    config = setup.resolve_model(config_of(official[0], train__steps=1))
+    assert runs.same_run(config, tmp_path / "run").model.gelu is None

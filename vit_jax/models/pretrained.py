@@ -24,6 +24,7 @@ from vit_jax.models.presets import size_named
 HEAD = ("head/kernel", "head/bias")
 MOST_POSITIONS = 2**20  # tokens of a position embedding that is worth resizing
 LARGEST_PATCH = 256  # pixels
+LARGEST_JSON = 2**24  # bytes
 SHOWN = 8  # names of each kind in an error
 
 
@@ -110,7 +111,7 @@ def _facts(path: pathlib.Path, kind: str, metadata: Mapping[str, Any]) -> Facts:
         if said.get(name) is not None:
             try:
                 facts[name] = convert(said[name])
-            except (TypeError, ValueError, KeyError) as error:
+            except (TypeError, ValueError, KeyError, OverflowError) as error:
                 raise UserError(
                     f"{path} or a config.json beside it says that {name} is {said[name]!r}: mend or remove what says so"
                 ) from error
@@ -134,12 +135,15 @@ def _said_beside(path: pathlib.Path) -> dict[str, Any]:
 
 def _beside(path: pathlib.Path, name: str) -> dict[str, Any]:
     """A JSON file in the weights' folder; empty where there is none."""
-    try:
-        values = json.loads((path.parent / name).read_text())
-    except FileNotFoundError:
+    found = path.parent / name
+    if not found.exists():
         return {}
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path.parent / name} is damaged ({error}): mend it, or move it away") from error
+    try:
+        if not found.is_file() or found.stat().st_size > LARGEST_JSON:
+            raise ValueError("it is no file of some kilobytes")
+        values = json.loads(found.read_text())
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{found} is damaged ({error}): mend it, or move it away") from error
     return values if isinstance(values, dict) else {}
 
 
@@ -189,6 +193,8 @@ def fit(
             notes.append(f"patches resampled from {array.shape[0]} to {leaf.shape[0]} pixels")
             array = resampled_patches(array, leaf.shape[:2])
         params[name] = jax.device_put(array.reshape(leaf.shape), leaf.sharding)
+    if not params:
+        raise UserError(f"init.skip leaves nothing of {source.name} to start from: take some of it away")
     if new := sorted(like.keys() - params.keys() - set(HEAD)):
         notes.append(f"new: {_some(new)}")
     if skipped_there := sorted(skipped & source.arrays.keys()):
@@ -233,7 +239,7 @@ def _skipped(skip: Sequence[str], paths: set[str]) -> set[str]:
     for pattern in skip:
         try:
             matches = {path for path in paths if re.search(pattern, path)}
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"init.skip: {pattern!r} is not a regex ({error}): correct it") from error
         if not matches:
             raise UserError(

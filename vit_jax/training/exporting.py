@@ -17,6 +17,7 @@ from vit_jax.training.step import Classifier
 from vit_jax.training.writers import replacing, write_json
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+PROCESSOR = ("image_processor_type", "ViTImageProcessor")
 # What a model must be for timm's and transformers' Vision Transformer to compute the same.
 PLAIN = {"pool": "cls", "position_embedding": "learned", "mask_self": False, "representation_size": 0}
 
@@ -40,12 +41,14 @@ def export(
     Raises:
       UserError: there is no such run, checkpoint or average, or the file cannot hold this model; nothing was written.
     """
+    output = output.absolute().resolve()
+    _check_output(output)
     run = trained.open_run(workdir, checkpoint, weights)
     config, class_names, classifier = run.config, run.class_names, run.classifier
     if scheme != "official":
         _check_plain(config, scheme)
     if scheme == "transformers":
-        _check_place(output)
+        _check_neighbours(output)
     params = jax.device_get(run.params)
     if format == "stablehlo":
         data = stablehlo(classifier, params)
@@ -86,19 +89,28 @@ def _check_plain(config: ConfigDict, scheme: str) -> None:
         raise UserError(f"{scheme}'s Vision Transformer has no {', '.join(other)}: use --format npz or stablehlo")
 
 
-def _check_place(output: pathlib.Path) -> None:
-    """transformers looks for a file of one name, and its config.json may not take the place of another program's."""
+def _check_output(output: pathlib.Path) -> None:
+    """Raises UserError where `output` is no ordinary file, or a run's own."""
+    if output.exists() and not output.is_file():
+        raise UserError(f"{output} is no file: give another --output")
+    for folder in output.parents:
+        if (folder / "checkpoints").is_dir() and (folder / "config.json").exists():
+            if output.exists() or (folder / "checkpoints") in output.parents:
+                raise UserError(f"{output} belongs to the run in {folder}: give another --output")
+
+
+def _check_neighbours(output: pathlib.Path) -> None:
+    """transformers looks for a file of one name, and its JSON files may not take the place of another program's."""
     if output.name != "model.safetensors":
         raise UserError(f"transformers looks for a model.safetensors, not {output.name}: give --output that name")
-    path = output.with_name("config.json")
-    try:
-        ours = json.loads(path.read_text()).get("model_type") == "vit"
-    except FileNotFoundError:
-        return
-    except (ValueError, AttributeError, OSError):
-        ours = False
-    if not ours:
-        raise UserError(f"{path} is there already, and transformers needs a config.json of its own: give a new folder")
+    for name, key, value in (("config.json", "model_type", "vit"), ("preprocessor_config.json", *PROCESSOR)):
+        path = output.with_name(name)
+        try:
+            ours = not path.exists() or path.is_file() and json.loads(path.read_text()).get(key) == value
+        except (ValueError, AttributeError, OSError, RecursionError):
+            ours = False
+        if not ours:
+            raise UserError(f"{path} is there already, and transformers needs a {name} of its own: give a new folder")
 
 
 def transformers_config(config: ConfigDict, class_names: tuple[str, ...]) -> dict[str, Any]:
@@ -126,7 +138,7 @@ def transformers_config(config: ConfigDict, class_names: tuple[str, ...]) -> dic
 def transformers_inputs(config: ConfigDict) -> dict[str, Any]:
     size = config.data.image_size
     return {
-        "image_processor_type": "ViTImageProcessor",
+        PROCESSOR[0]: PROCESSOR[1],
         "do_resize": True,
         "size": {"height": size, "width": size},
         "resample": 2,  # bilinear

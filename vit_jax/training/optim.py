@@ -17,6 +17,7 @@ from vit_jax.errors import UserError
 Rules = tuple[tuple[str, float], ...]
 
 EVERYTHING: Rules = ((".*", 1.0),)
+LEAST_DECAY = 0.1  # by the layer: less would freeze what nobody asked to be frozen
 PARTS: dict[str, Rules] = {
     "full": EVERYTHING,
     "head": (("^head/", 1.0), (".*", 0.0)),
@@ -67,7 +68,7 @@ def multiplier_rules(spec: str | Rules, depth: int) -> Rules:
     each block further down, and once more for what comes before them.
 
     Raises:
-      UserError: no such rules, or DECAY is not above 0 and at most 1.
+      UserError: no such rules, or DECAY is out of bounds.
     """
     if not isinstance(spec, str):
         return spec
@@ -83,8 +84,8 @@ def multiplier_rules(spec: str | Rules, depth: int) -> Rules:
         decay = float(text)
     except ValueError:
         decay = math.nan
-    if not 0 < decay <= 1:
-        raise UserError(f"init.multipliers={spec}: the decay is a number above 0 and at most 1, as in layers:0.75")
+    if not LEAST_DECAY <= decay <= 1:
+        raise UserError(f"init.multipliers={spec}: the decay is a number from {LEAST_DECAY} to 1, as in layers:0.75")
     blocks = tuple((f"/encoderblock_{i}/", decay ** (depth - i)) for i in reversed(range(depth)))
     return (("^(head|pre_logits|pool)/|/encoder_norm/", 1.0), *blocks, (".*", decay ** (depth + 1)))
 
@@ -99,7 +100,7 @@ def check_rules(rules: Rules, params: Any) -> None:
     for pattern, multiplier in rules:
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"init.multipliers: {pattern!r} is not a regex ({error}): correct it") from error
         if not 0 <= multiplier < math.inf:
             raise UserError(f"init.multipliers: {pattern!r} has {multiplier}: allowed are 0, which freezes, and above")

@@ -97,8 +97,8 @@ def resolve_model(config: ConfigDict) -> ConfigDict:
             if name not in shape:
                 raise UserError(f"model.{name} is not set: set it, or model.preset")
             config.model[name] = shape[name]
-    if config.model.stem == "resnet":
-        config.model.resnet_blocks = config.model.resnet_blocks or shape.get("resnet_blocks", ())
+    if config.model.resnet_blocks is None:
+        config.model.resnet_blocks = shape.get("resnet_blocks", ()) if config.model.stem == "resnet" else ()
     make_policy(config)
     if multiplier_rules(config.init.multipliers, config.model.depth) != EVERYTHING and not config.init.checkpoint:
         raise UserError(

@@ -7,7 +7,6 @@ import hashlib
 import os
 import pathlib
 import sys
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,6 +60,8 @@ def weights(
     with opened(config.init.checkpoint) as source:
         skip, notes = tuple(config.init.skip), []
         if source.class_names and source.class_names != tuple(class_names) and source.arrays.keys() & pretrained.HEAD:
+            if whole:
+                raise UserError(f"the classes of {source.name} are not those of {config.data.name}: nothing to measure")
             notes.append(f"the classes of {source.name} are others")
             skip += ("^head/",)
         params, changes = pretrained.fit(
@@ -109,11 +110,11 @@ def prepared(config: ConfigDict) -> tuple[ConfigDict, Splits, Classifier]:
 def opened(checkpoint: str) -> Iterator[Source]:
     """The weights at a path or URL: a .npz or .safetensors file, a folder of transformers', or a run's workdir."""
     path = fetched(checkpoint) if "://" in checkpoint else setup.expanded(checkpoint)
-    if path.is_dir() and not (path / "model.safetensors").exists():
-        if not (path / "checkpoints").is_dir():
-            raise UserError(f"no run in {path}, and no model.safetensors: give a file of weights, or a run's workdir")
+    if (path / "checkpoints").is_dir():
         yield _of_run(path)
         return
+    if path.is_dir() and not (path / "model.safetensors").exists():
+        raise UserError(f"no run in {path}, and no model.safetensors: give a file of weights, or a run's workdir")
     with pretrained.opened(path) as source:
         yield source
 
@@ -136,17 +137,22 @@ def fetched(url: str) -> pathlib.Path:
     Raises:
       UserError: it cannot be had.
     """
-    name = pathlib.PurePosixPath(urllib.parse.urlsplit(url).path).name
+    name = pathlib.PurePosixPath(url.partition("?")[0]).name
     path = meshes.cache_folder() / "weights" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if path.exists():
         return path
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{os.getpid()}-{path.name}")
     try:
         files, remote = fsspec.url_to_fs(url)
+        if files.isdir(remote):
+            raise UserError(f"{url} is a folder: give the address of a file of weights")
         path.parent.mkdir(parents=True, exist_ok=True)
         bar = TqdmCallback({"unit": "B", "unit_scale": True, "desc": name, "file": sys.stderr})
         files.get_file(remote, str(part), callback=bar)
-        os.replace(part, path)
+        with pretrained.opened(part):  # what is none, as a server's page of apologies, is not kept
+            os.replace(part, path)
+    except UserError as error:
+        raise UserError(f"what {url} gave: {error}") from error
     except ImportError as error:
         raise UserError(f'{url} needs another package: pip install "vit_jax[remote]" ({error})') from error
     except Exception as error:  # each of fsspec's file systems has errors of its own

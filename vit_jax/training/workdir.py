@@ -42,7 +42,7 @@ def read_config(workdir: pathlib.Path) -> tuple[ConfigDict, tuple[str, ...]]:
         return from_dict(values), tuple(values["class_names"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -85,7 +85,7 @@ def same_run(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
     stored, _ = read_config(workdir)
     config = config.copy_and_resolve_references()
     for path in CHOSEN + (("data.mean", "data.std") if config.init.checkpoint else ()):
-        if get(config, path) == FIELDS[path].default:
+        if has_checkpoints(workdir) and get(config, path) == FIELDS[path].default:
             put(config, path, get(stored, path))
     differing = differences(config, stored)
     if differing:

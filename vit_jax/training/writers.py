@@ -34,7 +34,7 @@ Row = dict[str, Any]  # a number a column, None where there is none
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
     """A file to write, which then replaces `path` as a whole: after a crash there is the old one or the new one."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb+") as file:
             yield file
