@@ -49,7 +49,8 @@ def resnet(images: jax.Array, blocks: Sequence[int], norm_epsilon: float, dtype:
     Args:
       blocks: units in each stage; () is the root alone.
     """
-    x = StandardisedConv(WIDTH, size=7, stride=2, dtype=dtype, name="conv_root")(images)
+    # From float32: with jax 0.12, XLA's compiler for the CPU dies of these strides over bfloat16 pixels.
+    x = StandardisedConv(WIDTH, size=7, stride=2, dtype=dtype, name="conv_root")(images.astype(jnp.float32))
     x = nn.relu(nn.GroupNorm(epsilon=norm_epsilon, dtype=dtype, name="gn_root")(x))
     x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
     for i, units in enumerate(blocks):
@@ -81,7 +82,7 @@ class StandardisedConv(nn.Module):
         kernel = kernel - kernel.mean(axis=(0, 1, 2))
         kernel = kernel / (kernel.std(axis=(0, 1, 2)) + 1e-5)
         padding = [same_padding(side, self.size, self.stride) for side in x.shape[1:3]]
-        return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, padding)
+        return convolve(x, kernel.astype(self.dtype), self.stride, padding)
 
 
 class Unit(nn.Module):

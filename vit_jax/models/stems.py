@@ -37,7 +37,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Sequence[tup
     size, (height, width) = len(kernel), x.shape[1:3]
     rows, columns = height - size + 1, width - size + 1  # places of the kernel, were the stride 1
     under = [x[:, i : i + rows : stride, j : j + columns : stride] for i in range(size) for j in range(size)]
-    return jnp.concatenate(under, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+    return jnp.concatenate(under, axis=-1).astype(kernel.dtype) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class HalvingConv(nn.Module):
