@@ -72,7 +72,7 @@ def made_up(count: int, size: int, classes: int) -> Split:
 
 
 def make_task(config: ConfigDict, split: Split) -> Task:
-    mesh = meshes.make_mesh(config.mesh.data)
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.model)
     config = setup.resolve_data(setup.resolve_model(config), split, mesh)
     plan, _ = setup.make_plan(config, len(split.labels))
     return setup.make_task(config, setup.make_classifier(config, len(split.class_names), mesh), plan)[0]

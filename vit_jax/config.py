@@ -140,6 +140,9 @@ FIELDS: dict[str, Field] = {
     "data.image_size": whole(None, "side of the model's square input, pixels; unset: the data's own"),
     "data.train_examples": whole(None, "train on this many pictures only, chosen class by class; unset: on all"),
     "data.skip_unreadable": switch(False, "leave out a folder's unreadable pictures (they are listed), or stop"),
+    "data.resident": choice(
+        "auto", "pictures lie on the devices, or stream from the disk; auto: where they fit", "auto", "always", "never"
+    ),
     "data.mean": numbers(
         "a mean a channel, in [0, 1]; empty: as init.checkpoint says, else the training pictures' own; 0.5 with "
         "deviation 0.5: inputs in [-1, 1]",
@@ -246,6 +249,11 @@ FIELDS: dict[str, Field] = {
     "mesh.data": Field(
         -1, int, "devices that share a batch; -1: all", "-1 or a whole number of at least 1", lambda v: v == -1 or v > 0
     ),
+    "mesh.model": whole(1, "devices that share each matrix product, by attention head and MLP unit; divides both"),
+    "mesh.fsdp": switch(False, "each device keeps a part of weights, optimizer and average, not all of them"),
+    "mesh.shard_data": choice(
+        "auto", "each device holds a share of the training pictures; auto: above 2 GiB", "auto", "always", "never"
+    ),
 }
 
 # Giving the one clears the other.
@@ -260,7 +268,7 @@ AUTOMATIC = ("model.gelu", "model.norm_epsilon", "data.image_size", "data.mean",
 # Their pictures mean something else when mirrored.
 SYMBOLS = ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist", "tfds:mnist_corrupted", "tfds:emnist", "tfds:kmnist")
 # Where and how a run runs: these may change between its start and its resume.
-CHANGEABLE = ("mesh.", "data.dir", "checkpoint.", "train.trackers")
+CHANGEABLE = ("mesh.", "data.dir", "data.resident", "checkpoint.", "train.trackers")
 
 
 def default_config() -> ConfigDict:

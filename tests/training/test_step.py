@@ -11,6 +11,7 @@ import pytest
 
 from vit_jax.augment import mix, ops, policies
 from vit_jax.data.load import Split
+from vit_jax.data.resident import BatchIndices
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import dispatch, mesh, optim, step
 
@@ -117,11 +118,32 @@ def test_a_dispatch_trains_on_the_pictures_of_its_steps(one_step):
     task = make_task()
     run = dispatch.Dispatcher(task, step.init_state(task), SPLIT, batch_size=16)
     state = step.init_state(task)
+    order = BatchIndices(task.seed, 40, 16)
     for i in range(5):  # 80 pictures: two epochs of 40, with a batch across their border
-        index = run._order(i, 1)[0]
+        index = order(i, 1)[0]
         state = one_step(task, state, PICTURES[index], LABELS[index])
     dispatched, _ = run(step.init_state(task), 0, 5)
     np.testing.assert_allclose(flat(dispatched.params), flat(state.params), atol=1e-6)
+
+
+def test_streamed_pictures_give_the_same_numbers(monkeypatch):
+    """From any step on; also where no more than three steps' pictures may be on the way at once."""
+    monkeypatch.setattr(dispatch, "STREAMED_BYTES", 3 * 16 * PICTURES[0].size)
+    task = make_task(augmentation=MOVED, dropout=0.3)
+    ends = []
+    for placement, stops in (("whole", [9]), ("streamed", [9]), ("streamed", [1, 6, 9])):
+        state = step.init_state(task)
+        run = dispatch.Dispatcher(task, state, SPLIT, 16, placement)
+        for first, stop in zip([0, *stops], stops, strict=False):
+            state, _ = run(state, first, stop)
+        ends.append(flat(state))
+    np.testing.assert_allclose(ends[1], ends[0], atol=1e-6)
+    np.testing.assert_array_equal(ends[2], ends[1])
+    results = [
+        dispatch.make_evaluator(task.classifier, SPLIT, 16, streamed)(state.params) for streamed in (False, True)
+    ]
+    for name, values in results[0].items():
+        np.testing.assert_allclose(results[1][name], values, rtol=1e-5, err_msg=name)
 
 
 def test_a_dispatch_is_given_the_state_to_keep():
@@ -129,7 +151,7 @@ def test_a_dispatch_is_given_the_state_to_keep():
     task = make_task(ema_decay=0.9)
     state = step.init_state(task)
     run = dispatch.Dispatcher(task, state, SPLIT, batch_size=16)
-    reused = run._train_steps[8].memory_analysis().alias_size_in_bytes
+    reused = run.programs[8].memory_analysis().alias_size_in_bytes
     assert reused >= sum(x.nbytes for x in jax.tree.leaves(state))
     run(state, 0, 1)
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
@@ -206,9 +228,9 @@ def test_small_crops_first_then_whole_pictures(one_step):
     assert matches.any(axis=(1, 2)).all() and matches.any(axis=0).sum() > 20  # anywhere
     run = dispatch.Dispatcher(task, step.init_state(task), SPLIT, batch_size=16)
     state, _ = run(step.init_state(task), 0, 3)
-    by_hand = step.init_state(task)
+    by_hand, order = step.init_state(task), BatchIndices(task.seed, 40, 16)
     for i in range(3):
-        index = run._order(i, 1)[0]
+        index = order(i, 1)[0]
         by_hand = one_step(task, by_hand, PICTURES[index], LABELS[index])
     np.testing.assert_allclose(flat(state.params), flat(by_hand.params), atol=1e-6)
     state, sums = run(state, 3, 6)
@@ -229,7 +251,7 @@ def test_crops_of_pictures_of_another_size_than_the_models(size, small):
 def test_a_batch_holds_its_pictures_as_often_as_asked():
     task = make_task(augmentation=step.Augmentation(repeats=4))
     run = dispatch.Dispatcher(task, step.init_state(task), SPLIT, batch_size=16)
-    indices = run._order(0, 10)  # every picture, four times
+    indices = np.asarray(run._feed(0, 10)[2])[:10]  # every picture, four times
     assert indices.shape == (10, 16)
     assert all(len(set(batch)) == 4 for batch in indices)
     np.testing.assert_array_equal(np.sort(indices, axis=None), np.repeat(np.arange(40), 4))

@@ -33,8 +33,9 @@ class BatchIndices:
         first, last = start // self.size, (stop - 1) // self.size
         known = self._orders
         new = range(first, last + 1)
-        self._orders = {e: known[e] if e in known else epoch_order(self.seed, e, self.size) for e in new}
-        run = np.concatenate(list(self._orders.values()))
+        orders = {e: known[e] if e in known else epoch_order(self.seed, e, self.size) for e in new}
+        self._orders = orders  # at once: several threads may ask
+        run = np.concatenate(list(orders.values()))
         offset = first * self.size
         batches = run[start - offset : stop - offset].reshape(count, self.batch_size)
         return np.stack([self._repeated(batch, first_step + i) for i, batch in enumerate(batches)])

@@ -71,9 +71,9 @@ class SelfAttention(nn.Module):
         kernels, biases = zip(
             *(Affine((width,), heads, name=name)() for name in ("query", "key", "value")), strict=True
         )
-        kernel = jnp.stack(kernels, axis=1).reshape(width, 3 * width).astype(self.dtype)  # [D, 3D]
-        bias = jnp.stack(biases).reshape(3 * width).astype(self.dtype)
-        qkv = x.reshape(batch * tokens, width) @ kernel + bias  # [B * N, 3D]
+        kernel = jnp.stack(kernels, axis=1).astype(self.dtype)  # [D, 3, H, Dh]: heads may lie on several devices
+        bias = jnp.stack(biases).astype(self.dtype)
+        qkv = jnp.tensordot(x.reshape(batch * tokens, width), kernel, 1) + bias  # [B * N, 3, H, Dh]
         q, k, v = jnp.moveaxis(qkv.reshape(batch, tokens, 3, *heads), 2, 0)  # [B, N, H, Dh] each
         if self.qk_norm:  # Dehghani et al. 2023 (arXiv 2302.05442): keeps the scores small however long training runs
             norm = functools.partial(nn.LayerNorm, epsilon=self.norm_epsilon, use_bias=False, dtype=self.dtype)

@@ -1,6 +1,8 @@
 """The jitted programs bound to pictures on the devices: training dispatches, and evaluation of a whole split."""
 
 import dataclasses
+import functools
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -8,10 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from vit_jax.data.load import Split
 from vit_jax.data.resident import BatchIndices, padded
+from vit_jax.data.stream import Stream
 from vit_jax.training import mesh as meshes
 from vit_jax.training.step import (
     TABLE_STEPS,
@@ -23,28 +27,87 @@ from vit_jax.training.step import (
     make_evaluate,
     make_features,
     make_train_steps,
+    pick_resident,
+    pick_streamed,
 )
 
 SECONDS_PER_CALL = 2.0
+STREAMED_BYTES = 256 * 2**20  # of pictures that go to the devices at once
+
+
+Data = tuple[jax.Array, ...]
+
+
+class Resident:
+    """Feeds dispatches from a split that lies on the devices: nothing moves but a table of indices.
+
+    Attributes:
+      capacity: most steps that can be fed at once.
+    """
+
+    pick = staticmethod(pick_resident)
+    capacity = TABLE_STEPS
+
+    def __init__(self, split: Split, order: BatchIndices, batch_size: int, mesh: Mesh, shared: bool):
+        put = meshes.place_examples if shared else meshes.place
+        self._pictures = put((split.images, split.labels), mesh)
+        self._order, self._mesh = order, mesh
+        self._table = np.zeros((TABLE_STEPS, batch_size), np.int32)
+
+    def __call__(self, first: int, count: int) -> Data:
+        """The data of `count` steps from `first` on, of the same shapes for any count."""
+        table = self._table.copy()  # the dispatch before may still read its own
+        table[:count] = self._order(first, count)
+        return *self._pictures, meshes.place(table, self._mesh)
+
+
+class Streamed:
+    """Feeds dispatches from a split that lies on the disk: their batches move, while those before are trained on.
+
+    Attributes:
+      capacity: most steps that can be fed at once.
+    """
+
+    pick = staticmethod(pick_streamed)
+
+    def __init__(self, split: Split, order: BatchIndices, batch_size: int, mesh: Mesh):
+        self._shape = batch_size, *split.images.shape[1:]
+        self.capacity = int(np.clip(STREAMED_BYTES // math.prod(self._shape), 1, TABLE_STEPS))
+        self._mesh, self._rows = mesh, meshes.own_rows(batch_size, mesh)
+        self._stream = Stream(split.images, split.labels, order, self._rows, ahead=2 * self.capacity)
+
+    def __call__(self, first: int, count: int) -> Data:
+        """The data of `count` steps from `first` on, of the same shapes for any count."""
+        batches = self._stream(first, count)
+        batches += [batches[-1]] * (self.capacity - count)
+        images, labels = (np.stack(x) for x in zip(*batches, strict=True))
+        return meshes.place_parts((images, labels), self._shape[0], self._mesh)
 
 
 class Dispatcher:
-    """Training steps on a resident split, many a dispatch, by one compiled program.
+    """Training steps on a split, many a dispatch, by one compiled program.
 
     Attributes:
       compile_seconds: what compiling took, or reading the program from the compilation cache.
+      programs: by the side of the pictures, pixels.
     """
 
-    def __init__(self, task: Task, state: TrainState, train: Split, batch_size: int):
+    def __init__(self, task: Task, state: TrainState, train: Split, batch_size: int, placement: str = "whole"):
         mesh = task.classifier.mesh
-        self._order = BatchIndices(task.seed, len(train.labels), batch_size, task.augmentation.repeats)
-        self._pictures = meshes.place((train.images, train.labels), mesh)
-        self._table = np.zeros((TABLE_STEPS, batch_size), np.int32)
-        started = time.monotonic()
+        order = BatchIndices(task.seed, len(train.labels), batch_size, task.augmentation.repeats)
+        self._feed: Resident | Streamed = (
+            Streamed(train, order, batch_size, mesh)
+            if placement == "streamed"
+            else Resident(train, order, batch_size, mesh, shared=placement == "shared")
+        )
+        self._place = functools.partial(meshes.place, mesh=mesh)
         self._size_at = task.size_at
         sizes = {task.size_at(0), task.classifier.image_size}
-        arguments = (state, *self._pictures, self._table, np.int32(0))
-        self._train_steps = {size: make_train_steps(task, size).lower(*arguments).compile() for size in sizes}
+        arguments = (state, self._place(np.int32(0)), *self._feed(int(state.step), 1))
+        started = time.monotonic()
+        self.programs = {
+            size: make_train_steps(task, size, self._feed.pick).lower(*arguments).compile() for size in sizes
+        }
         self.compile_seconds = time.monotonic() - started
 
     def __call__(self, state: TrainState, first: int, stop: int) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -52,9 +115,12 @@ class Dispatcher:
 
         Gives the new state (the old one is gone) and a copy of its sums.
         """
-        table = self._table.copy()  # the dispatch before may still read its own
-        table[: stop - first] = self._order(first, stop - first)
-        return self._train_steps[self._size_at(first)](state, *self._pictures, table, np.int32(stop - first))
+        program, sums = self.programs[self._size_at(first)], state.sums
+        while first < stop:
+            count = min(stop - first, self._feed.capacity)
+            state, sums = program(state, self._place(np.int32(count)), *self._feed(first, count))
+            first += count
+        return state, sums
 
     def choose_steps_per_call(self, state: TrainState, step: int) -> int:
         """How many steps of the first size take about two seconds here, TABLE_STEPS at most; on a copy of the state."""
@@ -75,14 +141,27 @@ class Dispatcher:
         return int(np.clip(SECONDS_PER_CALL / (max(more, 1e-9) / (count - 1)), 1, TABLE_STEPS))
 
 
-def make_evaluator(classifier: Classifier, split: Split, batch_size: int) -> Callable[[Any], dict[str, np.ndarray]]:
-    """A function of parameters that gives per-example results of a resident split, each [N] (see `make_evaluate`)."""
-    pictures = meshes.place(padded(split.images, split.labels, batch_size), classifier.mesh)
+def make_evaluator(
+    classifier: Classifier, split: Split, batch_size: int, streamed: bool = False
+) -> Callable[[Any], dict[str, np.ndarray]]:
+    """A function of parameters that gives per-example results of a split, each [N] (see `make_evaluate`).
+
+    The split lies on the devices, or, `streamed`, goes there part by part.
+    """
     program = make_evaluate(classifier, batch_size)
+    images, labels = split.images, split.labels
+    batches = max(STREAMED_BYTES // (batch_size * math.prod(images.shape[1:])), 1) if streamed else len(labels)
+    size = min(batches, -(-len(labels) // batch_size)) * batch_size
+    parts = [slice(start, start + size) for start in range(0, len(labels), size)]
+
+    def placed(part):
+        return meshes.place(padded(images[part], labels[part], size), classifier.mesh)
+
+    resident = None if streamed else placed(parts[0])
 
     def evaluate(params):
-        results = jax.device_get(program(params, *pictures))
-        return {name: values[: len(split.labels)] for name, values in results.items()}
+        found = [jax.device_get(program(params, *(resident or placed(part)))) for part in parts]
+        return {name: np.concatenate([x[name] for x in found])[: len(labels)] for name in found[0]}
 
     return evaluate
 

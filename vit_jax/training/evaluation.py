@@ -14,7 +14,7 @@ import numpy as np
 from vit_jax.analysis import figures, metrics, plots
 from vit_jax.data.load import Split
 from vit_jax.training import setup, trained
-from vit_jax.training.dispatch import featured, make_evaluator
+from vit_jax.training.dispatch import featured
 from vit_jax.training.step import Classifier, Probe
 from vit_jax.training.trained import Trained
 from vit_jax.training.writers import write_json, write_text
@@ -62,10 +62,10 @@ def evaluate(run: Trained, dataset: str | None = None, flip_tta: bool = False) -
     classifier, seen = setup.as_probe(run.config, run.classifier, setup.make_rules(run.config, run.classifier)), split
     if isinstance(classifier, Probe):
         seen = featured(classifier, run.params, split, size)
-    measured = of_results(run, split, make_evaluator(classifier, seen, size)(run.params), dataset)
+    measured = of_results(run, split, setup.make_evaluator(run.config, classifier, seen)(run.params), dataset)
     if flip_tta:
         both = TwoViews(**{field.name: getattr(run.classifier, field.name) for field in dataclasses.fields(Classifier)})
-        flipped = summarize(make_evaluator(both, split, size)(run.params))
+        flipped = summarize(setup.make_evaluator(run.config, both, split)(run.params))
         measured.report.update({f"{name}_flip": value for name, value in flipped.items()})
     return measured
 

@@ -25,7 +25,7 @@ from vit_jax.training import mesh as meshes
 from vit_jax.training import reporting, setup, starting
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.dispatch import Dispatcher, featured, make_evaluator
+from vit_jax.training.dispatch import Dispatcher, featured
 from vit_jax.training.optim import EVERYTHING, Rules, rule_table
 from vit_jax.training.setup import Plan
 from vit_jax.training.step import (
@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
         print(f"the run in {workdir} is finished: nothing to do")
         return summary
     meshes.enable_compilation_cache()
-    mesh = meshes.make_mesh(config.mesh.data)
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.model)
     if new := not runs.has_checkpoints(workdir):
         config = starting.resolve(config)
     splits = setup.load_data(config)
@@ -114,13 +114,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
     if isinstance(classifier, Probe):
         splits = _featured(splits, classifier, state.params, setup.evaluation_size(config))
 
-    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size)
+    placement = setup.placement(config, splits.train, mesh)
+    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size, placement)
     if not config.train.steps_per_call:
         config.train.steps_per_call = dispatch.choose_steps_per_call(state, step)
     runs.write_config(workdir, config, splits.train.class_names, command)
     print(f"compiled in {dispatch.compile_seconds:.1f} s; {config.train.steps_per_call} steps a dispatch", flush=True)
 
-    evaluate = make_evaluator(classifier, splits.watched, setup.evaluation_size(config))
+    evaluate = setup.make_evaluator(config, classifier, splits.watched)
     metrics = Metrics(workdir, step)
     if lost := plan.evaluations_until(step) - {row["step"] for row in metrics.rows}:
         raise UserError(f"{metrics.path} has lost the row of step {min(lost)}: restore it, or give another --workdir")
@@ -295,7 +296,7 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
     """
     evaluate = run.evaluate
     if run.splits.reported is not run.splits.watched:
-        evaluate = make_evaluator(run.classifier, run.splits.reported, setup.evaluation_size(run.config))
+        evaluate = setup.make_evaluator(run.config, run.classifier, run.splits.reported)
     results = evaluate(state.params if state.ema is None else state.ema)
     test = summarize(results)
     best = best_row(run.metrics.rows) if run.selects else None

@@ -1,14 +1,34 @@
-"""Devices: the mesh, and where arrays lie on it. No other module knows how many devices there are."""
+"""Devices: the mesh, and where arrays lie on it. No other module knows how many devices there are.
+
+The mesh has two axes. A batch is cut along "data"; matrices can be cut along "model" (tensor parallelism, Shoeybi et
+al. 2019, arXiv 1909.08053: attention by head, the MLP by hidden unit), and all of the state along "data" besides (FSDP;
+ZeRO, Rajbhandari et al. 2020, arXiv 1910.02054, stage 3).
+"""
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
+from vit_jax.training.optim import match_rules
+
+# (regex on a parameter's path, which of its axes lies along "model"; None: none); the first match wins. Optimizers keep
+# what they know of a parameter under its name, so the rules are theirs too.
+MODEL_RULES = [
+    (r"/(query|key|value)/kernel$", 1),  # [D, H, D / H]
+    (r"/(query|key|value)/bias$", 0),  # [H, D / H]
+    (r"/MultiHeadDotProductAttention_1/out/kernel$", 0),  # [H, D / H, D]
+    (r"/MlpBlock_3/Dense_0/kernel$", 1),  # [D, M]
+    (r"/MlpBlock_3/Dense_0/bias$", 0),  # [M]
+    (r"/MlpBlock_3/Dense_1/kernel$", 0),  # [M, D]
+    (r".*", None),
+]
 
 
 def enable_compilation_cache() -> None:
@@ -26,17 +46,23 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "vit_jax"
 
 
-def make_mesh(data: int) -> Mesh:
-    """A mesh of `data` devices (-1: all) along the one axis "data".
+def make_mesh(data: int, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data` x `model` devices (data of -1: as many as there are) along the axes "data" and "model".
 
     Raises:
       UserError: there are not as many devices.
     """
-    devices = jax.devices()
-    count = len(devices) if data == -1 else data
-    if count > len(devices):
-        raise UserError(f"mesh.data={data}, but there are {len(devices)} devices ({devices[0].device_kind})")
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
+    devices = jax.devices() if devices is None else devices
+    there = f"there are {len(devices)} devices ({devices[0].device_kind})"
+    if data == -1:
+        if len(devices) % model:
+            raise UserError(f"mesh.model={model} does not divide what is there: {there}")
+        data = len(devices) // model
+    if data * model > len(devices):
+        of = f", mesh.model={model}" if model > 1 else ""
+        raise UserError(f"mesh.data={data}{of}, but {there}")
+    axes = AxisType.Auto, AxisType.Auto
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=axes, devices=devices[: data * model])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -48,9 +74,40 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def with_sharding(shapes: Any, mesh: Mesh) -> Any:
+def part_sharded(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose second axis is the batch, the first being the parts it is cut into."""
+    return NamedSharding(mesh, PartitionSpec(None, "data"))
+
+
+def shardings(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+    """The tree of the shardings of parameters, or of a state with them: of arrays or of their shapes.
+
+    Args:
+      fsdp: whether each device of "data" keeps a part of what is not cut along "model".
+    """
+
+    def sharding(x, axis):
+        axes: list[str | None] = [None] * x.ndim
+        if axis is not None:
+            axes[axis] = "model"
+        # The longest axis that can be cut, so that as little as possible stays whole.
+        free = [i for i, n in enumerate(x.shape) if axes[i] is None and n % mesh.shape["data"] == 0]
+        if fsdp and free:
+            axes[max(free, key=lambda i: x.shape[i])] = "data"
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(sharding, tree, match_rules(MODEL_RULES, tree))
+
+
+def with_sharding(shapes: Any, mesh: Mesh, fsdp: bool = False) -> Any:
     """The tree of `jax.ShapeDtypeStruct` with the sharding that its arrays shall have."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
+    placed = shardings(shapes, mesh, fsdp)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, placed)
+
+
+def constrained(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
+    """Within a program: the tree, lying as `shardings` says."""
+    return lax.with_sharding_constraint(tree, shardings(tree, mesh, fsdp))
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
@@ -58,6 +115,36 @@ def place(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
 
 
-def part_sharded(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array whose second axis is the batch, the first being the parts it is cut into."""
-    return NamedSharding(mesh, PartitionSpec(None, "data"))
+def own_rows(batch_size: int, mesh: Mesh) -> slice:
+    """The rows of a batch that lie on this process's devices."""
+    rows = [cut for _, cut in part_sharded(mesh).addressable_devices_indices_map((1, batch_size)).values()]
+    bounds = [cut.indices(batch_size)[:2] for cut in rows]
+    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def place_parts(tree: Any, batch_size: int, mesh: Mesh) -> Any:
+    """Puts host arrays on the devices: of batches [T, B, ...] the `own_rows` of each, which its devices share."""
+
+    def put(x):
+        return jax.make_array_from_process_local_data(part_sharded(mesh), x, (len(x), batch_size, *x.shape[2:]))
+
+    return jax.tree.map(put, tree)
+
+
+def free_bytes(mesh: Mesh) -> int:
+    """What a device has for pictures: half of its memory; where it does not say how much that is, 8 GiB."""
+    stats = mesh.local_devices[0].memory_stats() or {}
+    return stats.get("bytes_limit", 16 * 2**30) // 2
+
+
+def place_examples(tree: Any, mesh: Mesh) -> Any:
+    """Puts host arrays on the devices, each of which gets an equal share of their examples, the first axis.
+
+    The last example is repeated until they can be shared.
+    """
+
+    def shared(x):
+        missing = -len(x) % mesh.shape["data"]
+        return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else np.asarray(x)
+
+    return jax.device_put(jax.tree.map(shared, tree), batch_sharded(mesh))

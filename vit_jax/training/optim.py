@@ -41,7 +41,7 @@ MUON_RULES = [
 
 def path_name(path: Sequence[Any]) -> str:
     """A parameter's name as the official files write it: `Transformer/encoderblock_0/LayerNorm_0/scale`."""
-    return "/".join(str(key.key) for key in path)
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def match_rules(rules: Sequence[tuple[str, Any]], params: Any) -> Any:

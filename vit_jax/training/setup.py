@@ -2,10 +2,12 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -17,6 +19,8 @@ from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
 from vit_jax.models.pretrained import Facts
 from vit_jax.models.vit import VisionTransformer
+from vit_jax.training import dispatch
+from vit_jax.training import mesh as meshes
 from vit_jax.training.optim import (
     EVERYTHING,
     Rules,
@@ -32,6 +36,7 @@ from vit_jax.training.step import Augmentation, Classifier, Probe, Task
 MOST_STEPS = 2**31 - 1  # the step is an int32
 MOST_EVENTS = 1_000_000  # evaluations, or checkpoints, of a run
 SMALLEST_EVALUATION = 64  # pictures at once
+MOST_ON_EACH = 2 * 2**30  # bytes of training pictures that every device has all of
 MODEL_DEFAULTS = {"gelu": "tanh", "norm_epsilon": 1e-6}  # where nothing else is known of the weights
 
 
@@ -137,11 +142,24 @@ def resolve_data(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
         raise UserError(
             f"augment.small_size={small} of data.image_size={size} is less than a pixel of {height}x{width} pictures"
         )
-    devices = mesh.size
+    devices, parts = mesh.shape["data"], mesh.shape["model"]
     if part_size(config) % devices:
         of = f" / optim.accumulate={config.optim.accumulate}" if config.optim.accumulate > 1 else ""
         raise UserError(f"train.batch_size={config.train.batch_size}{of} is not divisible by the {devices} devices")
+    for name in ("num_heads", "mlp_dim"):
+        if config.model[name] % parts:
+            raise UserError(f"model.{name}={config.model[name]} is not divisible by mesh.model={parts}")
     return config
+
+
+def placement(config: ConfigDict, split: Split, mesh: Mesh) -> str:
+    """Where a split's pictures lie: "whole" on every device, "shared" among them, or "streamed" from the disk."""
+    how, size = config.mesh.shard_data, split.images.nbytes
+    shared = how == "always" or how == "auto" and size > MOST_ON_EACH
+    share = size // mesh.shape["data"] if shared else size
+    if config.data.resident == "never" or config.data.resident == "auto" and share > meshes.free_bytes(mesh):
+        return "streamed"
+    return "shared" if shared else "whole"
 
 
 def make_plan(config: ConfigDict, examples: int) -> tuple[Plan, list[str]]:
@@ -198,6 +216,12 @@ def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classif
     return Classifier(model, data.image_size, tuple(data.mean), tuple(data.std), mesh)
 
 
+def make_evaluator(config: ConfigDict, classifier: Classifier, split: Split) -> Callable[[Any], dict[str, np.ndarray]]:
+    """See `dispatch.make_evaluator`."""
+    streamed = placement(config, split, classifier.mesh) == "streamed"
+    return dispatch.make_evaluator(classifier, split, evaluation_size(config), streamed)
+
+
 def make_rules(config: ConfigDict, classifier: Classifier) -> Rules:
     """What is trained of a classifier, and how fast. Raises UserError where the rules do not suit its parameters."""
     rules = multiplier_rules(config.init.multipliers, config.model.depth)
@@ -242,6 +266,7 @@ def make_task(config: ConfigDict, classifier: Classifier, plan: Plan, rules: Rul
         ema_decay=config.ema.decay,
         seed=config.train.seed,
         multipliers=rules,
+        fsdp=config.mesh.fsdp,
     )
     return task, schedule
 

@@ -100,7 +100,7 @@ def prepared(config: ConfigDict) -> tuple[ConfigDict, Splits, Classifier]:
       UserError: the config, its data or its weights are wrong.
     """
     config = resolve(setup.resolve_model(config))
-    mesh = meshes.make_mesh(config.mesh.data)
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.model)
     splits = setup.load_data(config)
     config = setup.resolve_data(config, splits.train, mesh)
     return config, splits, setup.make_classifier(config, len(splits.train.class_names), mesh)

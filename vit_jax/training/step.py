@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -129,6 +130,7 @@ class Task:
 
     Attributes:
       multipliers: the optimizer's; what has 0 stays as it is.
+      fsdp: whether each device keeps a part of the state, and has the parameters whole only while a step uses them.
     """
 
     classifier: Classifier
@@ -139,6 +141,7 @@ class Task:
     ema_decay: float
     seed: int
     multipliers: optim.Rules = optim.EVERYTHING
+    fsdp: bool = False
 
     def size_at(self, step: int) -> int:
         """The side of the pictures that step `step` trains on, pixels."""
@@ -160,7 +163,7 @@ def new_state(task: Task) -> TrainState:
 
 def abstract_state(task: Task) -> TrainState:
     """Shapes, dtypes and shardings of the state, without its arrays."""
-    return meshes.with_sharding(jax.eval_shape(lambda: new_state(task)), task.classifier.mesh)
+    return meshes.with_sharding(jax.eval_shape(lambda: new_state(task)), task.classifier.mesh, task.fsdp)
 
 
 def init_state(task: Task) -> TrainState:
@@ -234,23 +237,25 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 def train_step(task: Task, size: int, state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
     """One optimizer step on uint8 images [B, H, W, C] and labels [B], cut or resized to `size`."""
     images, targets, mixed = training_pictures(task, size, state.step, images, labels)
-    dropout_key = step_keys(task.seed, state.step)[2]
+    dropout_key, mesh = step_keys(task.seed, state.step)[2], task.classifier.mesh
     trained, frozen = optim.partition(state.params, task.multipliers)
 
     def loss_fn(trained, part, images, labels, targets):
         rngs = {"dropout": jax.random.fold_in(dropout_key, part)}
-        logits = task.classifier.apply(optim.merge(trained, frozen), images, train=True, rngs=rngs)
+        params = meshes.constrained(optim.merge(trained, frozen), mesh)  # gathered, where the devices keep parts
+        logits = task.classifier.apply(params, images, train=True, rngs=rngs)
         correct = jnp.sum(jnp.argmax(logits, -1) == labels).astype(jnp.float32)
         return jnp.mean(cross_entropy(logits, targets)), correct
 
     def add_part(total, part):
         (loss, correct), gradients = jax.value_and_grad(loss_fn, has_aux=True)(trained, *part)
+        gradients = meshes.constrained(gradients, mesh, task.fsdp)
         return jax.tree.map(jnp.add, total, (loss, correct, gradients)), None
 
     parts = task.accumulate
     # Every device keeps its own examples: a part takes each `parts`-th of them.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (images, labels, targets))
-    split = lax.with_sharding_constraint(split, meshes.part_sharded(task.classifier.mesh))
+    split = lax.with_sharding_constraint(split, meshes.part_sharded(mesh))
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
     (loss, correct, gradients), _ = lax.scan(add_part, zeros, (jnp.arange(parts), *split))
     loss, gradients = jax.tree.map(lambda x: x / parts, (loss, gradients))
@@ -268,30 +273,49 @@ def train_step(task: Task, size: int, state: TrainState, images: jax.Array, labe
     return TrainState(state.step + 1, optim.merge(trained, frozen), ema, optimizer, sums)
 
 
-def make_train_steps(task: Task, size: int) -> jax.stages.Wrapped:
-    """One dispatch of training at a `size`: (state, images, labels, indices, count) → (state, a copy of its sums).
+Pick = Callable[..., tuple[jax.Array, jax.Array]]  # (i, mesh, *data) → a dispatch's i-th batch, images and labels
 
-    images: uint8 [N, H, W, C] and labels: int32 [N], the whole training split, on the devices.
-    indices: int32 [T, B], the pictures of each step; the first `count` steps are made. The state is donated.
+
+def pick_resident(
+    i: jax.Array, mesh: Mesh, images: jax.Array, labels: jax.Array, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Row i of the indices, int32 [T, B], taken from the whole split: uint8 [N, H, W, C] and int32 [N]."""
+    index = lax.with_sharding_constraint(indices[i], meshes.batch_sharded(mesh))
+    return images[index], labels[index]
+
+
+def pick_streamed(i: jax.Array, mesh: Mesh, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The i-th of the batches that lie one after the other: uint8 [T, B, H, W, C] and int32 [T, B]."""
+    return images[i], labels[i]
+
+
+def make_train_steps(task: Task, size: int, pick: Pick) -> jax.stages.Wrapped:
+    """One dispatch of training at a `size`: (state, count, *data) → (state, a copy of its sums).
+
+    It makes `count` steps, on the batches that `pick` finds in the data. The state is donated.
     """
     mesh = task.classifier.mesh
 
-    def train_steps(state, images, labels, indices, count):
+    def train_steps(state, count, *data):
         def body(i, state):
-            index = lax.with_sharding_constraint(indices[i], meshes.batch_sharded(mesh))
-            return train_step(task, size, state, images[index], labels[index])
+            return train_step(task, size, state, *pick(i, mesh, *data))
 
         state = lax.fori_loop(0, count, body, state)
         return state, state.sums
 
-    everywhere = meshes.replicated(mesh)
-    return jax.jit(train_steps, donate_argnums=0, in_shardings=everywhere, out_shardings=everywhere)
+    where = jax.tree.map(lambda x: x.sharding, abstract_state(task))
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=(where, meshes.replicated(mesh)))
 
 
 def make_features(probe: Probe) -> jax.stages.Wrapped:
     """(params, images uint8 [B, H, W, C]) → features, float32 [B, D]."""
-    everywhere, sharded = meshes.replicated(probe.mesh), meshes.batch_sharded(probe.mesh)
-    return jax.jit(probe.features, in_shardings=(everywhere, sharded), out_shardings=sharded)
+    sharded = meshes.batch_sharded(probe.mesh)
+
+    def features(params, images):
+        images = lax.with_sharding_constraint(images, sharded)
+        return probe.features(meshes.constrained(params, probe.mesh), images)
+
+    return jax.jit(features, out_shardings=sharded)
 
 
 def make_evaluate(classifier: Classifier, batch_size: int) -> jax.stages.Wrapped:
@@ -315,6 +339,8 @@ def make_evaluate(classifier: Classifier, batch_size: int) -> jax.stages.Wrapped
         }
 
     def evaluate(params, images, labels):
+        params = meshes.constrained(params, classifier.mesh)
+
         def one(start):
             cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=batch_size)
             return results(params, shard(cut(images)), shard(cut(labels)))
@@ -322,5 +348,4 @@ def make_evaluate(classifier: Classifier, batch_size: int) -> jax.stages.Wrapped
         batches = lax.map(one, jnp.arange(0, len(labels), batch_size))
         return jax.tree.map(lambda x: x.reshape(-1), batches)
 
-    everywhere = meshes.replicated(classifier.mesh)
-    return jax.jit(evaluate, in_shardings=everywhere, out_shardings=everywhere)
+    return jax.jit(evaluate, out_shardings=meshes.replicated(classifier.mesh))

@@ -55,7 +55,7 @@ def open_run(
     config, class_names = runs.read_config(workdir)
     if data_dir is not None:
         config.data.dir = data_dir
-    classifier = setup.make_classifier(config, len(class_names), meshes.make_mesh(_devices(config)))
+    classifier = setup.make_classifier(config, len(class_names), meshes.make_mesh(*_devices(config)))
     params, step, kind = runs.load_weights(workdir, classifier, checkpoint, weights)
     return Trained(workdir, config, class_names, classifier, params, step, kind)
 
@@ -79,11 +79,12 @@ def open_weights(config: ConfigDict, workdir: pathlib.Path) -> tuple[Trained, li
     return Trained(workdir, config, names, classifier, params, None, config.init.checkpoint), notes
 
 
-def _devices(config: ConfigDict) -> int:
-    """As many as the run was measured on; here, where there are fewer, as many as can share its batches."""
+def _devices(config: ConfigDict) -> tuple[int, int]:
+    """The mesh that the run was measured on; here, where there are fewer devices, one that can share its batches."""
     here = len(jax.devices())
-    wanted = here if config.mesh.data == -1 else min(config.mesh.data, here)
-    return math.gcd(wanted, setup.evaluation_size(config))
+    model = config.mesh.model if config.mesh.model <= here else 1
+    wanted = here // model if config.mesh.data == -1 else min(config.mesh.data, here // model)
+    return math.gcd(wanted, setup.evaluation_size(config)), model
 
 
 def measured_split(run: Trained, dataset: str | None = None) -> Split:
