@@ -110,7 +110,7 @@ def draw(evaluation: Evaluation, workdir: pathlib.Path) -> list[pathlib.Path]:
     )
     figures.confusions(matrix, names, folder / "confusion.png", f"{title}: what is taken for what")
     sums = metrics.reliability(results["confidence"], results["correct"])
-    figures.reliability(sums, folder / "reliability.png", f"{title}: can its confidence be trusted?")
+    figures.reliability(sums, folder / "reliability.png", f"{title}: calibration")
     draw_mistakes(evaluation, folder / "mistakes.png", title)
     files = ("reliability.png", "confusion.csv", "confusion.png", "classes.csv", "mistakes.png")
     return [folder / name for name in files if (folder / name).exists()]
