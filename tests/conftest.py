@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+# Compiling is what the tests take their time for: a quick compiler gives slower programs, here and in child processes.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 ROOT = pathlib.Path(__file__).parents[1]
 # A model that trains on digits in a moment: enough for everything but accuracy.
 TINY = {

@@ -1,5 +1,6 @@
 """The demo's command, and its page in a real browser."""
 
+import base64
 import contextlib
 import os
 import shutil
@@ -15,6 +16,13 @@ from vit_jax.data.load import load
 
 HAS_BROWSER = shutil.which("chromium") is not None and shutil.which("chromedriver") is not None
 SECONDS = 60  # that a browser on a busy machine may take
+# As a person drops a file: an element, and the file's bytes in base64.
+DROP = """
+const [place, content] = arguments;
+const transfer = new DataTransfer();
+transfer.items.add(new File([Uint8Array.from(atob(content), (c) => c.charCodeAt(0))], "dropped.png"));
+place.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+"""
 
 
 @contextlib.contextmanager
@@ -103,12 +111,15 @@ def test_the_page_in_a_browser(commands, finished, browser, tmp_path):
         shown = answered("right.png")
         assert shown[0][0] == split.class_names[split.labels[right]] and len(shown) == 5
         assert shown == [[p["label"], f"{100 * p['probability']:.1f} %"] for p in found[right][:5]]
-        for selector in ("#picture", "#attention", "#curves img"):
+        for selector in ("#picture", "#attention", "#curves img", "#confusion img"):
             (image,) = all_of(selector)
             wait(lambda image=image: browser.execute_script("return arguments[0].naturalWidth > 100", image))
         bars = [float(bar.rect["width"]) for bar in all_of("#classes .bar > span")]
         whole = all_of("#classes .bar")[0].rect["width"]
         assert bars[0] == pytest.approx(whole * found[right][0]["probability"], abs=2)
+
+        browser.execute_script(DROP, all_of("#drop")[0], base64.b64encode(picture.read_bytes()).decode())
+        assert answered("dropped.png") == shown
 
         file.send_keys(str(note))
         refused("not a picture")

@@ -1,6 +1,8 @@
 """What the user is told of each kind of error, and with which exit code."""
 
 import errno
+import subprocess
+import sys
 
 import pytest
 
@@ -39,7 +41,7 @@ def test_bugs_keep_their_traceback(bug):
         (errors.UserError("two\nlines"), 2, "error: two lines\n"),
         (errors.RunError("it broke"), 1, "error: it broke\n"),
         (errors.Stopped("saved"), 75, "stopped: saved\n"),
-        (KeyboardInterrupt(), 130, "stopped: interrupted; the same command goes on from the last checkpoint\n"),
+        (KeyboardInterrupt(), 130, "stopped: interrupted; go on\n"),
     ],
 )
 def test_one_line_and_an_exit_code(error, code, line, monkeypatch, capsys):
@@ -48,5 +50,13 @@ def test_one_line_and_an_exit_code(error, code, line, monkeypatch, capsys):
 
     monkeypatch.setattr(errors.sys, "argv", ["command"])
     with pytest.raises(SystemExit) as end:
-        errors.run(command)
+        errors.run(command, interrupted="go on")
     assert end.value.code == code and capsys.readouterr().err == line
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    print_all = "from vit_jax import errors; errors.run(lambda _: [print(i) for i in range(100_000)])"
+    with subprocess.Popen([sys.executable, "-c", print_all], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"0\n"
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141

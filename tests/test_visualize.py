@@ -117,12 +117,14 @@ def test_wrong_input(commands, tmp_path):
     augmentation = ["--what", "augmentation"]
     error = commands.fails("visualize", *digits, "--what", "attentoin")
     assert "attentoin" in error and "augmentation" in error
-    assert "--what augmentation" in commands.fails("visualize", *digits)
+    assert "--config is for --what augmentation" in commands.fails("visualize", *digits)
     assert "--workdir" in commands.fails("visualize")
     assert "--fields" in commands.fails("visualize", "--workdir", tmp_path, "--fields")
     assert "no run in" in commands.fails("visualize", "--workdir", tmp_path / "run")
     assert "--config" in commands.fails("visualize", *augmentation)
     assert "--rows" in commands.fails("visualize", *digits, *augmentation, "--rows", "0")
+    error = commands.fails("visualize", "--workdir", tmp_path, "--what", "positions", "--images", tmp_path)
+    assert error.startswith("error: --images is for --what all, attention, rollout, relevance, distance, not positions")
     assert "augment.mixpu" in commands.fails("visualize", *digits, *augmentation, "--config.augment.mixpu=1")
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
@@ -134,9 +136,11 @@ def test_the_command_draws_a_run(finished, commands, tmp_path):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / "picture.png")
     run = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("figures"))
     out, _ = commands.run("visualize", "--workdir", run, "--images", tmp_path / "picture.png")
-    names = "attention_1 rollout relevance positions filters distance curves".split()
-    assert out.splitlines() == [str(run / "figures" / f"{name}.png") for name in names]
-    for path in out.splitlines():
+    names = "attention_1 rollout relevance positions filters distance".split()
+    evaluated = ["reliability.png", "confusion.csv", "confusion.png", "classes.csv", "mistakes.png"]
+    drawn = [f"figures/{name}" for name in [*(f"{name}.png" for name in names), *evaluated]]
+    assert out.splitlines() == [str(run / path) for path in [*drawn[:6], "evaluation.json", *drawn[6:], "curves.png"]]
+    for path in filter(lambda path: path.endswith(".png"), out.splitlines()):
         with Image.open(path) as picture:
             assert min(picture.size) > 250 and len(np.unique(picture.convert("L"))) > 20
     compare = ["--what", "curves", "--compare", finished]

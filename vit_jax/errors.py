@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ DENIED = (
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
 INTERRUPTED = 130  # as a shell says it of SIGINT
+UNREAD = 141  # and of SIGPIPE
 
 
 class UserError(Exception):
@@ -45,14 +47,20 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def run(command: Callable[[list[str]], None]) -> None:
-    """Runs `command(arguments)` and ends the process; expected errors become one line on stderr."""
+def run(command: Callable[[list[str]], None], interrupted: str = "") -> None:
+    """Runs `command(arguments)` and ends the process; expected errors become one line on stderr.
+
+    `interrupted` is what a person who interrupts it should know.
+    """
     arguments = sys.argv[1:]
     try:
         command(arguments)
     except KeyboardInterrupt:
-        print("stopped: interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print("; ".join(filter(None, ["stopped: interrupted", interrupted])), file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # who reads our output has read enough, as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it empties its buffer
+        sys.exit(UNREAD)
     except Exception as error:
         known = expected(error)
         if known is None or "--debug" in arguments:

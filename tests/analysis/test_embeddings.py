@@ -60,7 +60,7 @@ def test_filters_are_principal_components():
 
 def test_there_are_no_more_filters_than_pixels_or_features():
     assert embeddings.patch_filters(make(), {"embedding": {"kernel": RANDOM.normal(size=(2, 2, 1, 40))}}).shape[0] == 4
-    assert embeddings.patch_filters(make(), {"embedding": {"kernel": RANDOM.normal(size=(4, 4, 3, 9))}}).shape[0] == 9
+    assert embeddings.patch_filters(make(), {"embedding": {"kernel": RANDOM.normal(size=(4, 4, 3, 9))}}).shape[0] == 8
     kernel = RANDOM.normal(size=(8, 8, 3, 64))
     assert embeddings.patch_filters(make(), {"embedding": {"kernel": kernel}}).shape == (28, 8, 8, 3)
 

@@ -28,6 +28,27 @@ def test_a_run_may_be_called_anything(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_each_curve_is_the_column_that_its_label_names(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    names = ("train_loss", "val_loss", "train_accuracy", "val_accuracy", "ema_val_accuracy")
+    rows = [{"epoch": e} | {name: (e + i) / 10 for i, name in enumerate(names)} for e in (1.0, 2.0)]
+    plots.curves(rows, tmp_path / "curves.png", "title", "held out")
+    (figure,) = drawn
+    found = {
+        (axes.get_ylabel(), line.get_label().split(" (")[0]): line.get_xydata().tolist()
+        for axes in figure.axes
+        for line in axes.lines
+    }
+    assert found == {
+        ("loss", "train"): [[1, 0.1], [2, 0.2]],
+        ("loss", "held out"): [[1, 0.2], [2, 0.3]],
+        ("accuracy", "train"): [[1, 0.3], [2, 0.4]],
+        ("accuracy", "held out"): [[1, 0.4], [2, 0.5]],
+        ("accuracy", "held out, averaged weights"): [[1, 0.5], [2, 0.6]],
+    }
+
+
 def test_a_curve_of_one_point_is_seen(tmp_path):
     """Of thirty rows only the last has a training accuracy, the others' labels being mixed."""
     empty = dict.fromkeys(("val_loss", "ema_val_accuracy", "train_accuracy")) | {"val_accuracy": 0.1}

@@ -1,5 +1,6 @@
 """Drawings of a trained run: which pictures and numbers reach them, and what is left out."""
 
+import pathlib
 import shutil
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.analysis import attention, plots
+from vit_jax.analysis import attention, embeddings, plots
 from vit_jax.data.load import load
 from vit_jax.errors import Absent, UserError
 from vit_jax.training import drawings
@@ -49,7 +50,8 @@ def test_some_test_pictures_are_shown_each_of_another_class(subject):
     for image, name in zip(images, names, strict=True):
         first = np.flatnonzero(test.labels == int(name))[0]
         np.testing.assert_array_equal(image, test.images[first])
-    np.testing.assert_array_equal(subject.measured, test.images[:64])
+    indices = [round(i * (len(test.labels) - 1) / 63) for i in range(64)]  # from the first to the last
+    np.testing.assert_array_equal(subject.measured, test.images[indices])
 
 
 def test_ones_own_pictures_are_shown_as_the_model_takes_them(run, tmp_path):
@@ -128,6 +130,38 @@ def test_rollout_says_how_uneven_it_is(subject, sheets):
     assert labels == [f"{16 * x.min():.2f} to {16 * x.max():.2f}" for x in flow]  # of the mean, a sixteenth
 
 
+def test_distances_positions_and_filters_are_drawn_as_they_were_found(subject, sheets, monkeypatch):
+    drawn = {}
+    for name in ("distances", "positions"):
+        monkeypatch.setattr(drawings.figures, name, lambda *arguments, name=name: drawn.update({name: arguments}))
+    drawings.distance(subject)
+    drawings.positions(subject)
+    drawings.filters(subject)
+    model, params, grid = subject.model, subject.run.params, (4, 4)
+    weights = attention.attention_weights(model, params, subject.run.inputs(subject.measured))
+    expected = attention.attention_distance(weights, grid, model.patch_size).mean(0)
+    far, even = drawn["distances"][:2]
+    np.testing.assert_allclose(far, expected, rtol=1e-5)
+    assert even == pytest.approx(attention.patch_distances(grid, model.patch_size).mean())
+    np.testing.assert_array_equal(drawn["positions"][0], embeddings.position_similarity(model, params, grid))
+    ((rows, _, _, _, _, _),) = sheets
+    cells = [cell for row in rows for cell in row]
+    components = embeddings.patch_filters(model, params)
+    assert [label for _, label in cells] == [str(i + 1) for i in range(len(components))]
+    for (picture, _), component in zip(cells, components, strict=True):
+        grey = picture.astype(float) - 127.5
+        assert np.corrcoef(grey.ravel(), component.ravel())[0, 1] > 0.999
+
+
+def test_curves_name_what_they_were_measured_on(commands, tmp_path, monkeypatch):
+    commands.train(tmp_path / "held", train__steps=3, data__holdout=0.2)
+    drawn = []
+    monkeypatch.setattr(plots, "curves", lambda *arguments: drawn.append(arguments))
+    monkeypatch.chdir(tmp_path / "held")
+    assert drawings.curves(Subject(pathlib.Path("."))) == [pathlib.Path("curves.png")]
+    assert drawn[0][2:] == ("held", "held out")
+
+
 def test_what_a_model_has_not_is_left_out_or_an_error(other_run):
     subject = Subject(other_run)
     paths, left_out = drawings.draw(subject, "all")
@@ -135,7 +169,8 @@ def test_what_a_model_has_not_is_left_out_or_an_error(other_run):
     assert "position_embedding=none" in left_out[0] and "stem=conv" in left_out[1]
     names = {path.name for path in paths}
     assert names == {f"attention_{i}.png" for i in range(1, 9)} | {
-        *("rollout.png", "relevance.png", "distance.png", "curves.png")
+        *("rollout.png", "relevance.png", "distance.png", "curves.png", "evaluation.json", "reliability.png"),
+        *("confusion.csv", "confusion.png", "classes.csv", "mistakes.png"),
     }
     assert all(path.exists() for path in paths)
     for name in ("positions", "filters"):

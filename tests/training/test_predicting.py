@@ -57,7 +57,7 @@ def test_pictures_of_the_datas_own_size_are_predicted_as_evaluation_does(run, sp
     predictor = Predictor(run)
     paths = saved(tmp_path, few.images)
     for path, image in zip(paths, few.images, strict=True):
-        np.testing.assert_array_equal(predictor.read(path), image)
+        np.testing.assert_array_equal(run.read(path), image)
     found = predictor.predict(paths, top=10)
     np.testing.assert_array_equal([p[0]["index"] for p in found], measured["prediction"])
     np.testing.assert_allclose([p[0]["probability"] for p in found], measured["confidence"], rtol=1e-5)
@@ -105,30 +105,45 @@ def test_modes_and_formats(coloured, tmp_path, mode, kind):
     picture(mode).save(path, **({"lossless": True} if kind == "webp" else {}))
     grey = mode.startswith("L")
     expected = np.asarray((picture("L") if grey else picture("RGB")).convert("RGB"))
-    np.testing.assert_array_equal(coloured.read(path), expected)
+    np.testing.assert_array_equal(coloured.run.read(path), expected)
+
+
+def test_what_is_transparent_lies_on_white(coloured, tmp_path):
+    image = picture("RGBA")
+    image.putalpha(Image.fromarray(np.repeat(np.uint8([[0], [255]]), 4, axis=0).repeat(8, axis=1)))
+    image.save(tmp_path / "clear.png")
+    found = coloured.run.read(tmp_path / "clear.png")
+    assert (found[:4] == 255).all()
+    np.testing.assert_array_equal(found[4:], np.asarray(picture("RGB"))[4:])
+
+
+def test_a_step_may_be_a_number_and_other_names_of_weights_are_errors(finished):
+    assert vit_jax.load(finished, checkpoint=24).run.step == 24
+    with pytest.raises(UserError, match="no weights 'average'"):
+        vit_jax.load(finished, weights="average")
 
 
 def test_coloured_pictures_for_a_grey_model_and_sixteen_bits(run, tmp_path):
-    np.testing.assert_array_equal(Predictor(run).read(picture("RGB"))[..., 0], picture("L"))
+    np.testing.assert_array_equal(run.read(picture("RGB"))[..., 0], picture("L"))
     levels = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     Image.fromarray(levels).save(tmp_path / "deep.png")
-    np.testing.assert_array_equal(Predictor(run).read(tmp_path / "deep.png")[..., 0], levels >> 8)
+    np.testing.assert_array_equal(run.read(tmp_path / "deep.png")[..., 0], levels >> 8)
 
 
 def test_pictures_are_turned_upright(coloured, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise
     picture("RGB").save(tmp_path / "turned.png", exif=exif)
-    np.testing.assert_array_equal(coloured.read(tmp_path / "turned.png"), np.rot90(np.asarray(picture("RGB")), -1))
+    np.testing.assert_array_equal(coloured.run.read(tmp_path / "turned.png"), np.rot90(np.asarray(picture("RGB")), -1))
 
 
 def test_of_a_picture_of_another_shape_the_middle_is_seen(coloured, run):
     wide = np.zeros((40, 120, 3), np.uint8)
     wide[:, 40:80] = 200
     for shape in (wide, wide.transpose(1, 0, 2), np.full((3, 3, 3), 200, np.uint8)):
-        seen = coloured.read(shape)
+        seen = coloured.run.read(shape)
         assert seen.shape == (8, 8, 3) and (seen[1:-1, 1:-1] > 190).all()
-    assert Predictor(untrained(run, data__name="cifar10", data__image_size=16)).read(wide).shape == (32, 32, 1)
+    assert untrained(run, data__name="cifar10", data__image_size=16).read(wide).shape == (32, 32, 1)
 
 
 def test_batches_of_one_shape_compile_once(run, split, monkeypatch):

@@ -39,6 +39,7 @@ def patch_filters(model: VisionTransformer, params: Any, count: int = 28) -> np.
         raise Absent(f"the patch embedding has no filters over pixels (model.stem={model.stem})")
     kernel = np.asarray(params["embedding"]["kernel"], np.float64)  # [P, P, C, D]
     filters = kernel.reshape(-1, kernel.shape[-1]).T  # [D, P * P * C]
+    count = min(count, len(filters) - 1)  # D points span no more directions
     components = np.linalg.svd(filters - filters.mean(0), full_matrices=False)[2][:count]
     largest = np.take_along_axis(components, np.abs(components).argmax(1, keepdims=True), axis=1)
     return (components * np.sign(largest)).reshape(-1, *kernel.shape[:3])

@@ -13,7 +13,7 @@ from PIL import Image
 def curves(rows: Sequence[Mapping[str, float | None]], path: pathlib.Path, title: str, split: str) -> None:
     """Draws loss and accuracy over epochs from the rows of metrics.csv; `split` names what val_* was measured on."""
     epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     lines = [
         (loss, "train_loss", "train", "C0"),
@@ -41,7 +41,7 @@ def curves(rows: Sequence[Mapping[str, float | None]], path: pathlib.Path, title
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         axes.set(xlabel="epoch", ylabel=name)
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)  # beside the lines, not over them
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=120)

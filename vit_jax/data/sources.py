@@ -49,7 +49,8 @@ class Pictures:
 
 
 def decode(file: Encoded, image_size: int | None = None, mode: str = "RGB") -> np.ndarray:
-    """Decodes one picture, upright, in `mode`; with `image_size`, its short side resized to that and centre-cropped.
+    """Decodes one picture, upright, in `mode`, the transparent on white; with `image_size`, its short side resized to
+    that and centre-cropped.
 
     Returns uint8 [H, W, C]. Raises whatever Pillow raises on an unreadable picture.
     """
@@ -66,6 +67,11 @@ def pixels(image: Image.Image, image_size: int | None = None, mode: str = "RGB")
         image = image.convert("RGBA")  # Pillow warns where a palette's transparency goes straight to RGB
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 where the high byte is meant
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if mode != "RGBA" and image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(
+            Image.new("RGBA", image.size, "white"), image
+        )  # what lies beneath may be anything
     image = image.convert(mode)
     if image_size is not None:
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)

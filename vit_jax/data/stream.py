@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-import grain
 import numpy as np
 
 from vit_jax.data.resident import BatchIndices
@@ -22,6 +21,8 @@ class Stream:
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, order: BatchIndices, rows: slice, ahead: int):
+        import grain  # it takes a second, which runs on resident pictures need not wait
+
         def read(step):
             index = order(step, 1)[0, rows]
             return images[index], labels[index]

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 from vit_jax.analysis import attention, embeddings, figures, plots
-from vit_jax.data import sources
 from vit_jax.data.load import Split
-from vit_jax.errors import Absent, UserError
-from vit_jax.training import trained
+from vit_jax.errors import Absent
+from vit_jax.training import evaluation, trained
 from vit_jax.training import workdir as runs
 from vit_jax.training.trained import Trained
 from vit_jax.training.writers import Row, read_metrics, score
@@ -70,7 +69,7 @@ class Subject:
     def shown(self) -> tuple[np.ndarray, list[str]]:
         """Pictures to draw on, uint8 [B, H, W, C], and their names."""
         if self.files:
-            return self._read_files(), [path.name for path in self.files]
+            return np.stack([self.run.read(path) for path in self.files]), [path.name for path in self.files]
         classes, firsts = np.unique(self.split.labels, return_index=True)
         some = np.linspace(0, len(classes) - 1, min(SHOWN, len(classes))).round().astype(int)
         return self.split.images[firsts[some]], [self.split.class_names[c] for c in classes[some]]
@@ -78,16 +77,10 @@ class Subject:
     @functools.cached_property
     def measured(self) -> np.ndarray:
         """Pictures to take means over, uint8 [B, H, W, C]."""
-        return self.shown[0] if self.files else self.split.images[:MEASURED]
-
-    def _read_files(self) -> np.ndarray:
-        data, images = self.run.config.data, []
-        for path in self.files:
-            try:
-                images.append(sources.decode(path, data.image_size, sources.MODES[len(data.mean)]))
-            except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
-                raise UserError(f"unreadable picture {path} ({error}): give another") from error
-        return np.stack(images)
+        if self.files:
+            return self.shown[0]
+        count = len(self.split.labels)  # evenly, for they may be sorted by class
+        return self.split.images[np.linspace(0, count - 1, min(MEASURED, count)).round().astype(int)]
 
     def compute(self, function: Callable, images: np.ndarray, *others: np.ndarray) -> Any:
         """`function(model, params, inputs, *others)` of a few pictures at a time, put together on the host."""
@@ -109,7 +102,7 @@ class Subject:
         return self.workdir / "figures" / f"{name}.png"
 
     def title(self, words: str) -> str:
-        return f"{self.workdir.name}: {words}"
+        return f"{runs.name_of(self.workdir)}: {words}"
 
 
 def draw(subject: Subject, what: str) -> tuple[list[pathlib.Path], list[str]]:
@@ -137,8 +130,8 @@ def curves(subject: Subject) -> list[pathlib.Path]:
     rows = [_rows(workdir) for workdir in workdirs]
     splits = ["held out" if runs.read_config(w)[0].data.holdout else "test" for w in workdirs]
     if not subject.compare:
-        path = subject.path("curves")
-        plots.curves(rows[0], path, subject.workdir.name, splits[0])
+        path = subject.workdir / "curves.png"
+        plots.curves(rows[0], path, runs.name_of(subject.workdir), splits[0])
         return [path]
     path = subject.path("comparison")
     names = [f"{workdir} ({split})" for workdir, split in zip(workdirs, splits, strict=True)]
@@ -245,6 +238,11 @@ def relevance(subject: Subject) -> list[pathlib.Path]:
     return [path]
 
 
+def confusion(subject: Subject) -> list[pathlib.Path]:
+    """What is taken for what, with all else that an evaluation draws and writes."""
+    return evaluation.write(evaluation.evaluate(subject.run), subject.workdir)
+
+
 def distance(subject: Subject) -> list[pathlib.Path]:
     """How far each head looks."""
 
@@ -282,5 +280,6 @@ DRAWINGS: dict[str, Callable[[Subject], list[pathlib.Path]]] = {
     "positions": positions,
     "filters": filters,
     "distance": distance,
+    "confusion": confusion,
     "curves": curves,
 }

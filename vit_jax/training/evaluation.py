@@ -1,10 +1,8 @@
 """Weights measured on test pictures, and drawings of where they fail."""
 
-import csv
 import dataclasses
-import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,10 +12,11 @@ import numpy as np
 from vit_jax.analysis import figures, metrics, plots
 from vit_jax.data.load import Split
 from vit_jax.training import setup, trained
+from vit_jax.training import workdir as runs
 from vit_jax.training.dispatch import featured
 from vit_jax.training.step import Classifier, Probe
 from vit_jax.training.trained import Trained
-from vit_jax.training.writers import write_json, write_text
+from vit_jax.training.writers import write_csv, write_json
 
 MISTAKES = (4, 8)  # rows and columns of pictures
 
@@ -99,7 +98,8 @@ def draw(evaluation: Evaluation, workdir: pathlib.Path) -> list[pathlib.Path]:
     results, split = evaluation.results, evaluation.split
     names, folder = split.class_names, workdir / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    title = f"{workdir.name} on {evaluation.report['dataset']}"
+    of_step = "" if evaluation.report["checkpoint_step"] is None else ", {weights} weights of step {checkpoint_step}"
+    title = f"{runs.name_of(workdir)} on {evaluation.report['dataset']}{of_step.format(**evaluation.report)}"
 
     matrix = metrics.confusion(split.labels, results["prediction"], len(names))
     rows = metrics.per_class(matrix, names)
@@ -110,7 +110,7 @@ def draw(evaluation: Evaluation, workdir: pathlib.Path) -> list[pathlib.Path]:
     )
     figures.confusions(matrix, names, folder / "confusion.png", f"{title}: what is taken for what")
     sums = metrics.reliability(results["confidence"], results["correct"])
-    figures.reliability(sums, folder / "reliability.png", f"{title}: can its confidence be trusted?")
+    figures.reliability(sums, folder / "reliability.png", f"{title}: calibration")
     draw_mistakes(evaluation, folder / "mistakes.png", title)
     files = ("reliability.png", "confusion.csv", "confusion.png", "classes.csv", "mistakes.png")
     return [folder / name for name in files if (folder / name).exists()]
@@ -134,9 +134,3 @@ def draw_mistakes(evaluation: Evaluation, path: pathlib.Path, title: str) -> Non
     notes = [share, "Under each picture: its class → what it was taken for, with which probability."]
     sheet = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     plots.contact_sheet(sheet, [""] * len(sheet[0]), path, f"{title}: the most confident mistakes", notes)
-
-
-def write_csv(path: pathlib.Path, rows: Sequence[Any]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, text.getvalue())

@@ -117,8 +117,8 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 def own_rows(batch_size: int, mesh: Mesh) -> slice:
     """The rows of a batch that lie on this process's devices."""
-    rows = [cut for _, cut in part_sharded(mesh).addressable_devices_indices_map((1, batch_size)).values()]
-    bounds = [cut.indices(batch_size)[:2] for cut in rows]
+    cuts = part_sharded(mesh).addressable_devices_indices_map((1, batch_size)).values()
+    bounds = [cut[1].indices(batch_size)[:2] for cut in cuts if cut is not None]
     return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
 
 

@@ -10,17 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from vit_jax.data import sources
-from vit_jax.data.load import SIDES
 from vit_jax.errors import UserError
 from vit_jax.training import trained
-from vit_jax.training.evaluation import write_csv
-from vit_jax.training.trained import Trained
-from vit_jax.training.writers import write_json
+from vit_jax.training.trained import Picture, Trained
+from vit_jax.training.writers import write_csv, write_json
 
-Picture = str | os.PathLike | Image.Image | np.ndarray  # an array is uint8 [H, W] or [H, W, C]
 Predictions = list[dict[str, Any]]  # label, index and probability, the most probable first
 
 
@@ -67,7 +63,7 @@ class Predictor:
                 yield from (next(ranked) if isinstance(picture, np.ndarray) else picture for picture in read)
 
     def ranked(self, pictures: np.ndarray, size: int, top: int) -> list[Predictions]:
-        """The predictions for pictures as `read` gives them, at most `size`, which the model is given at once."""
+        """The predictions for pictures as `Trained.read` gives them, at most `size`: the model gets as many."""
         padding = [(0, size - len(pictures)), (0, 0), (0, 0), (0, 0)]
         probabilities = np.asarray(self._program(self.run.params, np.pad(pictures, padding, mode="edge")))
         best = np.argsort(-probabilities[: len(pictures)], axis=1, kind="stable")[:, :top]
@@ -81,57 +77,18 @@ class Predictor:
         logits = self.run.classifier.logits
         return jax.jit(lambda params, images: jax.nn.softmax(logits(params, images)))
 
-    @property
-    def side(self) -> int:
-        """Of pictures as their data set stores them, pixels; the classifier resizes them where its input is another."""
-        return SIDES.get(self.run.config.data.name, self.run.classifier.image_size)
-
-    def read(self, picture: Picture) -> np.ndarray:
-        """A picture as evaluation would have it of a folder, uint8 [side, side, C].
-
-        Raises:
-          UserError: it cannot be read.
-        """
-        mode = sources.MODES[len(self.run.classifier.mean)]
-        try:
-            if isinstance(picture, np.ndarray):
-                picture = _image_of(picture)
-            if isinstance(picture, Image.Image):
-                return sources.pixels(picture, self.side, mode)
-            return sources.decode(picture, self.side, mode)
-        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
-            raise UserError(f"{_name_of(picture)}: {_reason(error)}") from error
-
     def _try_to_read(self, picture: Picture) -> np.ndarray | UserError:
         try:
-            return self.read(picture)
+            return self.run.read(picture)
         except UserError as error:
             return error
 
 
 def load(
-    workdir: str | os.PathLike, checkpoint: str = "last", weights: str | None = None, batch_size: int = 64
+    workdir: str | os.PathLike, checkpoint: str | int = "last", weights: str | None = None, batch_size: int = 64
 ) -> Predictor:
     """A run's classifier; see `trained.open_run`."""
     return Predictor(trained.open_run(pathlib.Path(workdir), checkpoint, weights), batch_size)
-
-
-def _image_of(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3):
-        raise ValueError(f"an array must be uint8 [height, width, channels], not {array.dtype} {list(array.shape)}")
-    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-
-
-def _name_of(picture: Picture) -> str:
-    return os.fspath(picture) if isinstance(picture, str | os.PathLike) else "this picture"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "no picture of a kind that Pillow reads"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
 
 
 # For the command
@@ -147,7 +104,7 @@ def expanded(places: Iterable[str]) -> tuple[list[str], list[UserError]]:
             paths += found
             wrong += [UserError(f"{place}: no pictures in this folder")] * (not found)
         except OSError as error:
-            wrong.append(UserError(f"{error.filename}: {_reason(error)}"))
+            wrong.append(UserError(f"{error.filename}: {error.strerror}"))
     return paths, wrong
 
 

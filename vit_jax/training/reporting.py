@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from vit_jax.config import FIELDS, get
-from vit_jax.errors import UserError
+from vit_jax.errors import RunError, UserError
 from vit_jax.training import drawings, evaluation
 from vit_jax.training import workdir as runs
 from vit_jax.training.drawings import Subject
@@ -65,7 +65,7 @@ def write(
 ) -> tuple[pathlib.Path, list[str]]:
     """Writes report.html into the folder of a run, finished or not; gives its path, and what was left out and why.
 
-    The drawings in it also go to the run's figures/.
+    The drawings in it also go to the run's figures/, and what was measured to evaluation.json.
 
     Args:
       results: of the last weights on the run's own test pictures, where they are known (see `step.make_evaluate`).
@@ -84,14 +84,14 @@ def write(
     def attempt(what: str, make: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return make(*arguments)
-        except UserError as error:
+        except (UserError, RunError) as error:
             left_out.append(f"{what}: {error}")
 
     curves = attempt("curves", drawings.curves, subject)
     measured = attempt("results and drawings of the model", _measure, subject, results)
     failures, looks = {}, {}
     if measured is not None:
-        failures = {path.stem: path for path in evaluation.draw(measured, workdir)}
+        failures = {path.stem: path for path in evaluation.write(measured, workdir)}
         looks = {name: attempt(name, drawings.DRAWINGS[name], subject) for name in OF_MODEL}
         if "mistakes" not in failures:
             left_out.append("mistakes: there are none")
@@ -106,7 +106,7 @@ def write(
     }
     body = "\n".join(f"<h2>{heading}</h2>\n{part}" for heading, part in parts.items() if part)
     path = workdir / "report.html"
-    write_text(path, PAGE.substitute(title=escape(workdir.absolute().name), body=body))
+    write_text(path, PAGE.substitute(title=escape(runs.name_of(workdir)), body=body))
     return path, left_out
 
 

@@ -64,14 +64,14 @@ class Page:
             self.samples = [(name, png(image)) for image, name in zip(images, names, strict=True)]
         except (UserError, RunError) as error:
             self.notes.append(f"no test pictures on the page: {error}")
-        side = self.predictor.side
+        side = subject.run.side
         self.answer(png(np.zeros((side, side, 3), np.uint8)))  # compiles: the first visitor need not wait
 
     def about(self) -> dict[str, Any]:
         """What the page says of the run."""
         run, summary = self.subject.run, runs.read_summary(self.subject.workdir) or {}
         return {
-            "name": self.subject.workdir.resolve().name,
+            "name": runs.name_of(self.subject.workdir),
             "weights": f"{run.weights} weights of step {run.step}",
             "classes": len(run.class_names),
             "accuracy": summary.get("test_accuracy"),
@@ -87,7 +87,7 @@ class Page:
           UserError: it is no picture, or too large a one.
         """
         with self._turn:  # one at a time, as memory is finite
-            picture = self.predictor.read(opened(data))
+            picture = self.subject.run.read(opened(data))
             flow = self.subject.rollout(picture[None])[0]
             return {
                 "predictions": self.predictor.predict(picture),

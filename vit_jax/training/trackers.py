@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.config import FIELDS, get, tracker_names
 from vit_jax.errors import UserError
+from vit_jax.training import workdir as runs
 from vit_jax.training.writers import COLUMNS, Row, write_json
 
 PROJECT = "vit_jax"  # where the tracker's own environment variable names no other
@@ -58,7 +59,7 @@ class Wandb:
         again = None if offline else record
         self._run = library.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=workdir.absolute().name,
+            name=runs.name_of(workdir),
             dir=workdir,
             id=again,
             resume="must" if again else None,
@@ -97,7 +98,7 @@ class Mlflow:
         project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         experiment = self._client.get_experiment_by_name(project)
         place = experiment.experiment_id if experiment else self._client.create_experiment(project)
-        self.record = self._client.create_run(place, run_name=workdir.absolute().name).info.run_id
+        self.record = self._client.create_run(place, run_name=runs.name_of(workdir)).info.run_id
         params = [library.entities.Param(name, str(value)) for name, value in config.items()]
         self._client.log_batch(self.record, params=params)
 
@@ -137,7 +138,7 @@ class Comet:
             mode="get" if record else "create",
             experiment_key=record,
             experiment_config=library.ExperimentConfig(
-                name=workdir.absolute().name,
+                name=runs.name_of(workdir),
                 offline_directory=folder if offline else None,
                 # What it finds out by itself is left out: it would reach into other libraries, and send the code.
                 log_env_details=False,
@@ -193,8 +194,8 @@ class Tracking:
         self._workdir, self._done = workdir, False
         self._path = workdir / "trackers.json"
         self._open: dict[str, Tracker] = {}
-        self._records = _read(self._path)
         names = tracker_names(config.train.trackers)
+        self._records = _read(self._path) if names else {}
         libraries = {name: _library(name, kinds[name][0]) for name in names}
         fields = {path: get(config, path) for path in FIELDS}
         new = not workdir.exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
 
 from vit_jax.augment import ops
-from vit_jax.data.load import Split, load_measured
+from vit_jax.data import sources
+from vit_jax.data.load import SIDES, Split, load_measured
 from vit_jax.errors import UserError
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup, starting
 from vit_jax.training import workdir as runs
 from vit_jax.training.step import Classifier
+
+Picture = str | os.PathLike | Image.Image | np.ndarray  # an array is uint8 [H, W] or [H, W, C]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +37,50 @@ class Trained:
     step: int | None
     weights: str
 
+    @property
+    def side(self) -> int:
+        """Of pictures as they are stored, pixels; the classifier resizes them where its input is another."""
+        return SIDES.get(self.config.data.name, self.classifier.image_size)
+
+    def read(self, picture: Picture) -> np.ndarray:
+        """Any picture as one of the run's own would be stored: uint8 [side, side, C].
+
+        Raises:
+          UserError: it cannot be read.
+        """
+        mode = sources.MODES[len(self.classifier.mean)]
+        try:
+            if isinstance(picture, np.ndarray):
+                picture = _image_of(picture)
+            if isinstance(picture, Image.Image):
+                return sources.pixels(picture, self.side, mode)
+            return sources.decode(picture, self.side, mode)
+        except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error and more
+            name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else "this picture"
+            raise UserError(f"{name}: {_reason(error)}") from error
+
     def inputs(self, images: np.ndarray) -> jax.Array:
         """Pictures as the model takes them: uint8 [B, H, W, C] of any size -> floats [B, S, S, C]."""
         how = self.classifier
         return ops.normalize(ops.resize(jnp.asarray(images), how.image_size), how.mean, how.std, how.model.dtype)
 
 
+def _image_of(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
+        raise ValueError(f"an array must be uint8 [height, width, channels], not {array.dtype} {list(array.shape)}")
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture of a kind that Pillow reads"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
 def open_run(
-    workdir: pathlib.Path, checkpoint: str = "last", weights: str | None = None, data_dir: str | None = None
+    workdir: pathlib.Path, checkpoint: str | int = "last", weights: str | None = None, data_dir: str | None = None
 ) -> Trained:
     """Opens a finished or stopped run.
 
@@ -99,7 +140,7 @@ def measured_split(run: Trained, dataset: str | None = None) -> Split:
     split = load_measured(
         dataset,
         data_dir=None if data.dir is None else setup.expanded(data.dir),
-        image_size=data.image_size,
+        image_size=run.side,
         skip_unreadable=data.skip_unreadable,
     )
     if split.images.shape[-1] != len(data.mean):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 import platform
 from collections.abc import Callable
@@ -51,6 +52,11 @@ def read_about(workdir: pathlib.Path) -> dict[str, Any]:
     return json.loads((workdir / "config.json").read_text())
 
 
+def name_of(workdir: pathlib.Path) -> str:
+    """What a run is called: as its folder, also where that is given as . or .. ."""
+    return pathlib.Path(os.path.abspath(workdir)).name
+
+
 def has_checkpoints(workdir: pathlib.Path) -> bool:
     folder = workdir / "checkpoints"
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
@@ -95,7 +101,7 @@ def same_run(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
 
 
 def load_weights(
-    workdir: pathlib.Path, classifier: Classifier, checkpoint: str = "last", weights: str | None = None
+    workdir: pathlib.Path, classifier: Classifier, checkpoint: str | int = "last", weights: str | None = None
 ) -> tuple[Any, int, str]:
     """Weights that a run saved, for a classifier of the same names and shapes; their step; and "ema" or "raw".
 
@@ -108,11 +114,13 @@ def load_weights(
     """
     config, _ = read_config(workdir)
     weights = weights or ("ema" if config.ema.decay else "raw")
+    if weights not in ("ema", "raw"):
+        raise UserError(f"no weights {weights!r}: there are ema and raw")
     if weights == "ema" and not config.ema.decay:
         raise UserError(f"the run in {workdir} keeps no average (ema.decay=0): use --weights raw")
     like = meshes.with_sharding(jax.eval_shape(lambda: classifier.init(0)), classifier.mesh)
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = _choose(checkpoints, checkpoint, workdir)
+    step = _choose(checkpoints, str(checkpoint), workdir)
     params = checkpoints.restore_weights(step, "ema" if weights == "ema" else "params", like)
     checkpoints.close()
     return params, step, weights

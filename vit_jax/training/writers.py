@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import pathlib
@@ -50,6 +51,12 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 def write_json(path: pathlib.Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=1) + "\n")
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Any]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, text.getvalue())
 
 
 class Metrics:

@@ -21,7 +21,8 @@ async function predict(file, source) {
   say("Looking …", false);
   let answer;
   try {
-    answer = await (await fetch("predict", { method: "POST", body: file })).json();
+    const response = await fetch("predict", { method: "POST", body: file });
+    answer = response.status === 500 ? { error: "The server failed: see its terminal." } : await response.json();
   } catch {
     answer = { error: "The server did not answer: is it still running?" };
   }
