@@ -414,13 +414,29 @@ def test_a_summary_or_rows_that_are_gone_or_damaged(finished, commands, tmp_path
     assert again["test_loss"] == before["test_loss"] and again["train_seconds"] == before["train_seconds"]
 
 
-def test_a_corrupt_checkpoint_is_named_and_nothing_is_lost(commands, tmp_path):
-    commands.train(tmp_path)
-    (tmp_path / "summary.json").unlink()
-    for path in (tmp_path / "checkpoints" / "24").rglob("*"):
+def truncate(checkpoint):
+    for path in checkpoint.rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[:10])
-    before = fingerprint(tmp_path)
-    assert f"{tmp_path}/checkpoints/24" in commands.train(tmp_path, code=2)
-    assert f"{tmp_path}/checkpoints/24" in commands.fails("evaluate", "--workdir", tmp_path)
-    assert fingerprint(tmp_path) == before
+
+
+def test_a_corrupt_checkpoint_is_moved_aside_and_its_steps_come_again(finished, commands, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "summary.json").unlink()
+    truncate(run / "checkpoints" / "24")
+    before = fingerprint(run)
+    (last, earlier) = sorted((int(p.name) for p in (run / "checkpoints").iterdir()), reverse=True)
+    _, err = commands.run("predict", "--workdir", run, DIGIT, "--json", tmp_path / "found.json")
+    assert f"{run}/checkpoints/24 is damaged" in err and f"using step {earlier}" in err and fingerprint(run) == before
+    out, err = commands.train(run)
+    assert f"{run}/checkpoints/24 is damaged" in err and "moved to 24.damaged" in err
+    assert f"going on from step {earlier}" in out
+    shutil.move(run / "checkpoints" / "24.damaged", tmp_path)
+    assert_same_end(finished, run, 24)
+
+    for step in (earlier, last):
+        truncate(run / "checkpoints" / str(step))
+    (run / "summary.json").unlink()
+    before = fingerprint(run)
+    error = commands.train(run, code=2)
+    assert f"no whole checkpoint in {run}/checkpoints" in error and fingerprint(run) == before

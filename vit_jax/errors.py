@@ -9,7 +9,9 @@ DENIED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
+DISK_FULL = "No space left on device"  # the system's words, also within the libraries' own errors
 INTERRUPTED = 130  # as a shell says it of SIGINT
+INTERRUPTION = "interrupted; the same command goes on from the last checkpoint"
 
 
 class UserError(Exception):
@@ -51,7 +53,7 @@ def run(command: Callable[[list[str]], None]) -> None:
     try:
         command(arguments)
     except KeyboardInterrupt:
-        print("stopped: interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        print(f"stopped: {INTERRUPTION}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except Exception as error:
         known = expected(error)
@@ -69,11 +71,17 @@ def expected(error: Exception) -> UserError | RunError | Stopped | None:
     message = str(error)
     if isinstance(error, OSError) and error.errno in DENIED:
         return UserError(f"cannot use {error.filename}: {error.strerror}; give another path")
-    if "No space left on device" in message:  # the system's words, also within the libraries' own errors
+    if DISK_FULL in message:
         return RunError("no space left on the disk: free some and run the same command again")
-    if "RESOURCE_EXHAUSTED" in message or isinstance(error, MemoryError):  # XLA's word for device memory
+    if out_of_memory(error):
         return RunError(
             "out of memory: lower train.batch_size, or raise optim.accumulate, or set model.remat=True or "
             "train.dtype=bfloat16"
         )
     return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device had too little memory."""
+    exhausted = "RESOURCE_EXHAUSTED" in str(error) and DISK_FULL not in str(error)  # XLA's word, and tensorstore's
+    return exhausted or isinstance(error, MemoryError)

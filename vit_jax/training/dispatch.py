@@ -47,10 +47,10 @@ class Dispatcher:
         self._train_steps = {size: make_train_steps(task, size).lower(*arguments).compile() for size in sizes}
         self.compile_seconds = time.monotonic() - started
 
-    def __call__(self, state: TrainState, first: int, stop: int) -> tuple[TrainState, dict[str, jax.Array]]:
+    def __call__(self, state: TrainState, first: int, stop: int) -> tuple[TrainState, dict[str, Any]]:
         """Trains from step `first` to step `stop`, all of them on pictures of the size of the first.
 
-        Gives the new state (the old one is gone) and a copy of its sums.
+        Gives the new state (the old one is gone) and a copy of its progress.
         """
         table = self._table.copy()  # the dispatch before may still read its own
         table[: stop - first] = self._order(first, stop - first)

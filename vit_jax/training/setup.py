@@ -242,6 +242,7 @@ def make_task(config: ConfigDict, classifier: Classifier, plan: Plan, rules: Rul
         ema_decay=config.ema.decay,
         seed=config.train.seed,
         multipliers=rules,
+        skip_nonfinite=config.train.skip_nonfinite,
     )
     return task, schedule
 
