@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 import random
+import re
 import shutil
 import signal
 import struct
@@ -16,6 +17,10 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
+
+from vit_jax.errors import UserError
+from vit_jax.training import trained
+from vit_jax.training.workdir import read_summary
 
 COLUMNS = (
     "step,epoch,learning_rate,train_loss,train_accuracy,val_loss,val_accuracy,val_accuracy_top5,ema_val_accuracy,"
@@ -251,7 +256,9 @@ def test_a_diverging_run_ends_with_1_and_keeps_its_checkpoint(commands, tmp_path
     # The rate is 0 at step 0 and then enormous: step 1 is good, what follows is not.
     fields = {"optim__name": "sgd", "optim__learning_rate": 1e38, "optim__warmup_steps": 12, "checkpoint__every": 0.01}
     _, err = commands.train(tmp_path, code=1, **fields)
-    assert "not finite" in err and "Traceback" not in err and not (tmp_path / "summary.json").exists()
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert re.search(r"not finite at step \d+ \(learning rate \d\.\d+e\+37, gradient norm \S+\)", line), line
+    assert "Traceback" not in err and not (tmp_path / "summary.json").exists()
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept and all(np.isfinite(x).all() for x in read_arrays(tmp_path, kept[-1]).values())
 
@@ -403,7 +410,10 @@ def test_a_damaged_workdir_is_named(finished, commands, tmp_path):
 
 def test_a_summary_or_rows_that_are_gone_or_damaged(finished, commands, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
-    (run / "summary.json").write_text("{}")
+    for damage in ("{}", "[" * 100_000):
+        (run / "summary.json").write_text(damage)
+        with pytest.raises(UserError, match="summary.json is damaged"):
+            read_summary(run)
     assert "summary.json is damaged" in commands.train(run, code=2)
     (run / "summary.json").unlink()
     (run / "metrics.csv").unlink()
@@ -420,14 +430,17 @@ def truncate(checkpoint):
             path.write_bytes(path.read_bytes()[:10])
 
 
-def test_a_corrupt_checkpoint_is_moved_aside_and_its_steps_come_again(finished, commands, tmp_path):
+def test_a_corrupt_checkpoint_is_moved_aside_and_its_steps_come_again(finished, commands, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "summary.json").unlink()
     truncate(run / "checkpoints" / "24")
     before = fingerprint(run)
     (last, earlier) = sorted((int(p.name) for p in (run / "checkpoints").iterdir()), reverse=True)
-    _, err = commands.run("predict", "--workdir", run, DIGIT, "--json", tmp_path / "found.json")
-    assert f"{run}/checkpoints/24 is damaged" in err and f"using step {earlier}" in err and fingerprint(run) == before
+    assert trained.open_run(run).step == earlier
+    assert f"{run}/checkpoints/24 is damaged" in (err := capsys.readouterr().err) and f"using step {earlier}" in err
+    with pytest.raises(UserError, match=f"{run}/checkpoints/24 is damaged"):
+        trained.open_run(run, "24")
+    assert fingerprint(run) == before
     out, err = commands.train(run)
     assert f"{run}/checkpoints/24 is damaged" in err and "moved to 24.damaged" in err
     assert f"going on from step {earlier}" in out

@@ -121,7 +121,7 @@ def spoil_metrics(folder):
 
 
 def spoil_the_checksums(folder):
-    (folder / "checksums.json").write_text("{")
+    (folder / "checksums.json").write_text("[" * 100_000)
 
 
 def spoil_without_checksums(folder):
@@ -206,9 +206,10 @@ def test_a_whole_checkpoint_that_does_not_fit_is_not_called_damaged(two, tmp_pat
 
 @pytest.fixture
 def small_disk(tmp_path):
-    if shutil.which("mount") is None or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True
-    ).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], capture_output=True).returncode
+    ):
         pytest.skip("no small disk can be mounted")
     yield tmp_path
     subprocess.run(["umount", "--lazy", tmp_path], check=True)

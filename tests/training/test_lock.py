@@ -81,8 +81,9 @@ def test_a_restarted_container_is_not_taken_for_the_process_before_it(tmp_path, 
         "",  # killed before it was written
         '["foreign"]',
         '{"host": "a"}',
+        "[" * 100_000,
     ],
-    ids=str,
+    ids=lambda process: str(process)[:20],
 )
 def test_of_other_machines_a_sign_of_life_is_awaited(tmp_path, slept, process, monkeypatch, capsys):
     path = left_behind(tmp_path, process, age=20.5)

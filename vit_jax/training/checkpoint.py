@@ -54,6 +54,9 @@ class Checkpoints:
         handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         self._manager = _Manager(self.folder.absolute(), options=options, item_handlers=handlers)
         self._read_only = read_only
+        self._told = sys.unraisablehook
+        if not read_only:
+            sys.unraisablehook = _without_echoes
         self._verified: set[int] = set()
 
     def steps(self) -> list[int]:
@@ -189,7 +192,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception:
-            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else each array tells of it again
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each array that was not written
             raise
         if not self._read_only:
             for step in self.steps():
@@ -201,6 +204,7 @@ class Checkpoints:
             self.finish_writing()
         finally:
             self._manager.close()
+        sys.unraisablehook = self._told  # not where writing failed: its echoes still come
 
     def _sum_up_before_commit(self) -> None:
         """Writes the checksums of what is being written, but for the few files that are still to come.
@@ -240,6 +244,12 @@ class Checkpoints:
         return UserError(f"{message}: its files are as they were written, perhaps by another version of vit_jax")
 
 
+def _without_echoes(unraisable: Any) -> None:
+    """Says what was raised where nothing catches it, but for what tensorstore's threads add to a write that failed."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 class _Manager(ocp.CheckpointManager):
     """One that opens a folder in which a checkpoint's metrics are damaged."""
 
@@ -261,7 +271,7 @@ def _sums(folder: pathlib.Path) -> dict[str, str] | None:
         found = json.loads((folder / CHECKSUMS).read_text())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

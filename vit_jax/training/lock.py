@@ -175,7 +175,7 @@ def _parse(text: str) -> Process | None:
     """The process that the text of a lock names; None where it was cut short or is something else."""
     try:
         return Process(**json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
 
 

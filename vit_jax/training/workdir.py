@@ -65,7 +65,7 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
         summary = json.loads(path.read_text())
         if not {"test_accuracy", "protocol"} <= dict(summary).keys():
             raise ValueError("it has no result")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and the run measures its end again") from error
     return summary
 
