@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from vit_jax.errors import UserError
 from vit_jax.training import trained
+from vit_jax.training.lock import Lock
 from vit_jax.training.workdir import read_summary
 
 COLUMNS = (
@@ -186,6 +187,7 @@ def test_kill_9_at_random_moments_and_the_same_bits(uninterrupted, commands, tmp
             process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, f"kill {kill} came too late"
+        assert (tmp_path / "lock.json").exists()  # which must keep nobody waiting
         assert not (tmp_path / "summary.json").exists()
     out, _ = commands.run("main", *call)
     assert "going on from step" in out
@@ -197,9 +199,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, commands, tm
     call = commands.training(tmp_path, **LONG, train__steps_per_call=steps_per_call)
     process = commands.popen("main", *call)
     assert process.stderr.readline().startswith("step 18/160")
+    with pytest.raises(UserError, match=f"process {process.pid} on .* trains in {tmp_path}"):
+        Lock(tmp_path)
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 75 and "stopped: saved step" in err, err
+    assert not (tmp_path / "lock.json").exists()
     chosen = json.loads((tmp_path / "config.json").read_text())["train"]["steps_per_call"]
     assert chosen == 5 if steps_per_call else 1 <= chosen <= 512
     commands.run("main", *call)

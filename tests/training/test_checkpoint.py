@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +232,36 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(small_disk):
         assert checkpoints.restore_newest(state_of(0))[0].step == 2
         saved(checkpoints, 4)
         assert checkpoints.restore_newest(state_of(0))[0].step == 4
+
+
+ELSEWHERE = """
+import sys, pathlib, contextlib
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from vit_jax.training import mesh
+from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.step import TrainState
+
+assert jax.device_count() == 8
+number = jnp.int32(3)
+params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)}
+sums = {"loss": jnp.float32(1 / 3)}
+state = TrainState(number, params, params, (params, number), sums, number, sums["loss"])
+one, eight = (mesh.replicated(mesh.make_mesh(n)) for n in (1, 8))
+sharded = jax.tree.map(lambda x: NamedSharding(eight.mesh, P("data") if x.ndim else P()), state)
+everywhere = {name: jax.tree.map(lambda x: where, state) for name, where in (("one", one), ("eight", eight))}
+everywhere["sharded"] = sharded
+for name, shardings in everywhere.items():
+    with contextlib.closing(Checkpoints(pathlib.Path(sys.argv[1]) / name)) as checkpoints:
+        checkpoints.save(jax.device_put(state, shardings), None, 0.0)
+        checkpoints.finish_writing()
+        for like in everywhere.values():
+            found = checkpoints.restore(3, jax.device_put(jax.tree.map(jnp.zeros_like, state), like))
+            jax.tree.map(np.testing.assert_array_equal, found, state)
+            assert jax.tree.map(lambda x: x.sharding, found) == like
+"""
+
+
+def test_a_checkpoint_is_restored_to_the_bit_on_other_devices_and_shardings(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path], env=environment, check=True)
