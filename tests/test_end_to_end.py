@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 import random
+import re
 import shutil
 import signal
 import struct
@@ -16,6 +17,11 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
+
+from vit_jax.errors import UserError
+from vit_jax.training import trained
+from vit_jax.training.lock import Lock
+from vit_jax.training.workdir import read_summary
 
 COLUMNS = (
     "step,epoch,learning_rate,train_loss,train_accuracy,val_loss,val_accuracy,val_accuracy_top5,ema_val_accuracy,"
@@ -181,6 +187,7 @@ def test_kill_9_at_random_moments_and_the_same_bits(uninterrupted, commands, tmp
             process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, f"kill {kill} came too late"
+        assert (tmp_path / "lock.json").exists()  # which must keep nobody waiting
         assert not (tmp_path / "summary.json").exists()
     out, _ = commands.run("main", *call)
     assert "going on from step" in out
@@ -192,9 +199,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(uninterrupted, commands, tm
     call = commands.training(tmp_path, **LONG, train__steps_per_call=steps_per_call)
     process = commands.popen("main", *call)
     assert process.stderr.readline().startswith("step 18/160")
+    with pytest.raises(UserError, match=f"process {process.pid} on .* trains in {tmp_path}"):
+        Lock(tmp_path)
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 75 and "stopped: saved step" in err, err
+    assert not (tmp_path / "lock.json").exists()
     chosen = json.loads((tmp_path / "config.json").read_text())["train"]["steps_per_call"]
     assert chosen == 5 if steps_per_call else 1 <= chosen <= 512
     commands.run("main", *call)
@@ -251,7 +261,9 @@ def test_a_diverging_run_ends_with_1_and_keeps_its_checkpoint(commands, tmp_path
     # The rate is 0 at step 0 and then enormous: step 1 is good, what follows is not.
     fields = {"optim__name": "sgd", "optim__learning_rate": 1e38, "optim__warmup_steps": 12, "checkpoint__every": 0.01}
     _, err = commands.train(tmp_path, code=1, **fields)
-    assert "not finite" in err and "Traceback" not in err and not (tmp_path / "summary.json").exists()
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert re.search(r"not finite at step \d+ \(learning rate \d\.\d+e\+37, gradient norm \S+\)", line), line
+    assert "Traceback" not in err and not (tmp_path / "summary.json").exists()
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept and all(np.isfinite(x).all() for x in read_arrays(tmp_path, kept[-1]).values())
 
@@ -403,7 +415,10 @@ def test_a_damaged_workdir_is_named(finished, commands, tmp_path):
 
 def test_a_summary_or_rows_that_are_gone_or_damaged(finished, commands, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
-    (run / "summary.json").write_text("{}")
+    for damage in ("{}", "[" * 100_000):
+        (run / "summary.json").write_text(damage)
+        with pytest.raises(UserError, match="summary.json is damaged"):
+            read_summary(run)
     assert "summary.json is damaged" in commands.train(run, code=2)
     (run / "summary.json").unlink()
     (run / "metrics.csv").unlink()
@@ -414,13 +429,32 @@ def test_a_summary_or_rows_that_are_gone_or_damaged(finished, commands, tmp_path
     assert again["test_loss"] == before["test_loss"] and again["train_seconds"] == before["train_seconds"]
 
 
-def test_a_corrupt_checkpoint_is_named_and_nothing_is_lost(commands, tmp_path):
-    commands.train(tmp_path)
-    (tmp_path / "summary.json").unlink()
-    for path in (tmp_path / "checkpoints" / "24").rglob("*"):
+def truncate(checkpoint):
+    for path in checkpoint.rglob("*"):
         if path.is_file() and path.parent.name == "d":
             path.write_bytes(path.read_bytes()[:10])
-    before = fingerprint(tmp_path)
-    assert f"{tmp_path}/checkpoints/24" in commands.train(tmp_path, code=2)
-    assert f"{tmp_path}/checkpoints/24" in commands.fails("evaluate", "--workdir", tmp_path)
-    assert fingerprint(tmp_path) == before
+
+
+def test_a_corrupt_checkpoint_is_moved_aside_and_its_steps_come_again(finished, commands, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "summary.json").unlink()
+    truncate(run / "checkpoints" / "24")
+    before = fingerprint(run)
+    (last, earlier) = sorted((int(p.name) for p in (run / "checkpoints").iterdir()), reverse=True)
+    assert trained.open_run(run).step == earlier
+    assert f"{run}/checkpoints/24 is damaged" in (err := capsys.readouterr().err) and f"using step {earlier}" in err
+    with pytest.raises(UserError, match=f"{run}/checkpoints/24 is damaged"):
+        trained.open_run(run, "24")
+    assert fingerprint(run) == before
+    out, err = commands.train(run)
+    assert f"{run}/checkpoints/24 is damaged" in err and "moved to 24.damaged" in err
+    assert f"going on from step {earlier}" in out
+    shutil.move(run / "checkpoints" / "24.damaged", tmp_path)
+    assert_same_end(finished, run, 24)
+
+    for step in (earlier, last):
+        truncate(run / "checkpoints" / str(step))
+    (run / "summary.json").unlink()
+    before = fingerprint(run)
+    error = commands.train(run, code=2)
+    assert f"no whole checkpoint in {run}/checkpoints" in error and fingerprint(run) == before

@@ -50,7 +50,7 @@ def test_one_line_and_an_exit_code(error, code, line, monkeypatch, capsys):
 
     monkeypatch.setattr(errors.sys, "argv", ["command"])
     with pytest.raises(SystemExit) as end:
-        errors.run(command, interrupted="go on")
+        errors.run(command, "interrupted; go on")
     assert end.value.code == code and capsys.readouterr().err == line
 
 

@@ -206,6 +206,9 @@ FIELDS: dict[str, Field] = {
     "train.patience": whole(
         0, "stop after this many evaluations without a better held-out accuracy; 0: never", minimum=0
     ),
+    "train.skip_nonfinite": whole(
+        0, "updates that may be left out because loss or gradient are not finite; one more ends the run", minimum=0
+    ),
     "train.trackers": Field(
         (),
         (str, tuple),
@@ -268,7 +271,7 @@ AUTOMATIC = ("model.gelu", "model.norm_epsilon", "data.image_size", "data.mean",
 # Their pictures mean something else when mirrored.
 SYMBOLS = ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist", "tfds:mnist_corrupted", "tfds:emnist", "tfds:kmnist")
 # Where and how a run runs: these may change between its start and its resume.
-CHANGEABLE = ("mesh.", "data.dir", "data.resident", "checkpoint.", "train.trackers")
+CHANGEABLE = ("mesh.", "data.dir", "data.resident", "checkpoint.", "train.trackers", "train.skip_nonfinite")
 
 
 def default_config() -> ConfigDict:

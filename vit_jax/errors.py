@@ -10,8 +10,10 @@ DENIED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
+DISK_FULL = "No space left on device"  # the system's words, also within the libraries' own errors
 INTERRUPTED = 130  # as a shell says it of SIGINT
 UNREAD = 141  # and of SIGPIPE
+INTERRUPTION = "interrupted; the same command goes on from the last checkpoint"  # of a run
 
 
 class UserError(Exception):
@@ -47,16 +49,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def run(command: Callable[[list[str]], None], interrupted: str = "") -> None:
+def run(command: Callable[[list[str]], None], interruption: str = "interrupted") -> None:
     """Runs `command(arguments)` and ends the process; expected errors become one line on stderr.
 
-    `interrupted` is what a person who interrupts it should know.
+    `interruption` is what a person who interrupts it is told.
     """
     arguments = sys.argv[1:]
     try:
         command(arguments)
     except KeyboardInterrupt:
-        print("; ".join(filter(None, ["stopped: interrupted", interrupted])), file=sys.stderr, flush=True)
+        print(f"stopped: {interruption}", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # who reads our output has read enough, as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it empties its buffer
@@ -77,11 +79,17 @@ def expected(error: Exception) -> UserError | RunError | Stopped | None:
     message = str(error)
     if isinstance(error, OSError) and error.errno in DENIED:
         return UserError(f"cannot use {error.filename}: {error.strerror}; give another path")
-    if "No space left on device" in message:  # the system's words, also within the libraries' own errors
+    if DISK_FULL in message:
         return RunError("no space left on the disk: free some and run the same command again")
-    if "RESOURCE_EXHAUSTED" in message or isinstance(error, MemoryError):  # XLA's word for device memory
+    if out_of_memory(error):
         return RunError(
             "out of memory: lower train.batch_size, or raise optim.accumulate, or set model.remat=True or "
             "train.dtype=bfloat16"
         )
     return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the host or a device had too little memory."""
+    exhausted = "RESOURCE_EXHAUSTED" in str(error) and DISK_FULL not in str(error)  # XLA's word, and tensorstore's
+    return exhausted or isinstance(error, MemoryError)

@@ -29,4 +29,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main, interrupted="the same command goes on from the last checkpoint")
+    errors.run(main, errors.INTERRUPTION)

@@ -180,6 +180,10 @@ def list_for_meta(directory):
     (directory / "train" / "meta.json").write_text("[]")
 
 
+def nest_meta(directory):
+    (directory / "train" / "meta.json").write_text("[" * 100_000)
+
+
 def other_format(directory):
     path = directory / "test" / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": -1}))
@@ -203,6 +207,7 @@ def remove_split(directory):
         remove_labels,
         cut_meta,
         list_for_meta,
+        nest_meta,
         other_format,
         remove_split,
     ],

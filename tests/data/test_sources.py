@@ -8,10 +8,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from vit_jax.data import load, sources
 from vit_jax.errors import UserError
@@ -54,6 +55,29 @@ def pairs(images, labels):
 
 
 # Decoding
+
+
+def test_postscript_is_not_executed_whatever_its_name(tmp_path, monkeypatch):
+    """Pillow would call Ghostscript."""
+    for name in ("Popen", "run", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, name, lambda *a, **k: pytest.fail("a program was started"))
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    assert Image.open(path).format == "EPS"
+    with pytest.raises(UnidentifiedImageError):
+        sources.decode(path, 8)
+
+
+def test_a_small_file_of_a_huge_picture_is_not_unpacked(monkeypatch):
+    """Its header is enough to tell."""
+    image = io.BytesIO()
+    Image.new("1", (8, 8)).save(image, "png")
+    data = bytearray(image.getvalue())
+    data[16:24] = (20_000).to_bytes(4) * 2  # width and height
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("it was unpacked"))
+    with pytest.raises(Image.DecompressionBombError):
+        sources.decode(io.BytesIO(data), 8)
 
 
 def test_decode_of_a_lossless_picture_is_its_pixels(tmp_path):

@@ -152,6 +152,15 @@ def test_a_zip_with_a_path_that_escapes_is_refused(name, official):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_a_zip_that_unpacks_to_too_much_is_refused(official):
+    path = zipped(official)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("tiny-imagenet-200/words2.txt", bytes(2**26 + 1))
+    assert path.stat().st_size < 2**20
+    with pytest.raises(UserError, match="words2.txt' of more than 64 MB"):
+        split_generators(official)
+
+
 def test_half_a_zip_is_refused(official):
     path = zipped(official)
     path.write_bytes(path.read_bytes()[:-200])

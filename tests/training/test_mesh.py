@@ -74,8 +74,8 @@ def measure(data, model, fsdp, placement):
     program = dispatch.programs[8].as_text()
     losses = []
     for start in range(0, STEPS, 4):
-        state, sums = dispatch(state, start, start + 4)
-        losses.append(float(sums["loss"]))
+        state, done = dispatch(state, start, start + 4)
+        losses.append(float(done["sums"]["loss"]))
     kept = own_bytes((state.params, state.ema, state.optimizer))
     evaluated = make_evaluator(task.classifier, split, 64, placement == "streamed")(state.ema)["loss"]
     collectives = sorted(

@@ -105,11 +105,11 @@ def test_steps_a_dispatch_change_nothing():
         run = dispatch.Dispatcher(task, state, SPLIT, batch_size=16)
         first = 0
         for stop in stops:
-            state, sums = run(state, first, stop)
+            state, done = run(state, first, stop)
             first = stop
         ends.append(flat(state))
-        np.testing.assert_array_equal(flat(sums), flat(state.sums))
-        assert float(sums["examples"]) == 12 * 16
+        np.testing.assert_array_equal(flat(done), flat(state.progress))
+        assert float(done["sums"]["examples"]) == 12 * 16
     np.testing.assert_array_equal(ends[0], ends[1])
     np.testing.assert_array_equal(ends[0], ends[2])
 
@@ -233,8 +233,8 @@ def test_small_crops_first_then_whole_pictures(one_step):
         index = order(i, 1)[0]
         by_hand = one_step(task, by_hand, PICTURES[index], LABELS[index])
     np.testing.assert_allclose(flat(state.params), flat(by_hand.params), atol=1e-6)
-    state, sums = run(state, 3, 6)
-    assert float(sums["examples"]) == 96 and np.isfinite(float(sums["loss"]))
+    state, done = run(state, 3, 6)
+    assert float(done["sums"]["examples"]) == 96 and np.isfinite(float(done["sums"]["loss"]))
 
 
 @pytest.mark.parametrize("size, small", [(16, 12), (16, 16), (4, 4)])
@@ -255,8 +255,51 @@ def test_a_batch_holds_its_pictures_as_often_as_asked():
     assert indices.shape == (10, 16)
     assert all(len(set(batch)) == 4 for batch in indices)
     np.testing.assert_array_equal(np.sort(indices, axis=None), np.repeat(np.arange(40), 4))
-    state, sums = run(step.init_state(task), 0, 3)
-    assert float(sums["examples"]) == 48
+    state, done = run(step.init_state(task), 0, 3)
+    assert float(done["sums"]["examples"]) == 48
+
+
+class Breaking(step.Classifier):
+    """One whose loss is not a number for a white picture, and its gradient alone for a black one."""
+
+    def apply(self, params, images, train, rngs=None):
+        logits = super().apply(params, images, train, rngs)
+        white, black = (jnp.all(images == level, axis=(1, 2, 3))[:, None] for level in (255, 0))
+        steep = jnp.sqrt(jnp.where(black, 0 * logits, 1)) - ~black
+        return jnp.where(white, jnp.nan, logits + steep)
+
+
+def test_steps_that_are_not_finite_are_skipped_then_freeze_the_state():
+    optimizer = optim.make_optimizer(
+        "adamw", optax.constant_schedule(0.1), weight_decay=0.1, momentum=0.9, b2=0.9, clip_norm=1.0
+    )
+    task = make_task(accumulate=2, ema_decay=0.9, depth=1)
+    fields = {field.name: getattr(task.classifier, field.name) for field in dataclasses.fields(task.classifier)}
+    task = dataclasses.replace(task, optimizer=optimizer, classifier=Breaking(**fields), skip_nonfinite=1)
+    images = PICTURES.copy()
+    images[38], images[39] = 0, 255
+    run = dispatch.Dispatcher(task, step.init_state(task), dataclasses.replace(SPLIT, images=images), batch_size=4)
+    order = BatchIndices(task.seed, 40, 4)(0, 10)  # an epoch
+    black, white = (int(np.flatnonzero((order == i).any(axis=1))[0]) for i in (38, 39))
+    first, second = sorted((black, white))
+    assert 0 < first and first + 1 < second
+
+    by_hand = step.init_state(task)
+    for i in range(second):
+        if i == first:
+            by_hand = by_hand.replace(step=by_hand.step + 1)
+        else:
+            by_hand, done = run(by_hand, i, i + 1)
+    assert int(done["skipped"]) == 0
+    expected = flat((by_hand.params, by_hand.ema, by_hand.optimizer, by_hand.sums))
+    assert np.isfinite(expected).all() and by_hand.sums["examples"] == 4 * (second - 1)
+
+    state = step.init_state(task)
+    for start in (0, 12):  # the loop may have sent off the next dispatch
+        state, done = run(state, start, start + 12)
+        assert (int(done["step"]), int(done["skipped"])) == (second, 2)
+        assert np.isnan(done["norm"]) == (second == black)
+        np.testing.assert_array_equal(flat((state.params, state.ema, state.optimizer, state.sums)), expected)
 
 
 def test_broken_weights_are_noticed():

@@ -80,6 +80,7 @@ def test_a_run_is_sent_in_order(tmp_path):
 def test_a_resumed_run_goes_on_with_its_record_or_fills_another(tmp_path, continues, sent):
     first, calls = Kept([], continues=continues), []
     opened = tracking(tmp_path, mlflow=first)
+    (tmp_path / "config.json").touch()  # as a run writes when it begins
     for step in (3, 6):
         opened.add(row(step))
     opened.close()
@@ -96,6 +97,7 @@ def test_a_resumed_run_goes_on_with_its_record_or_fills_another(tmp_path, contin
 def test_one_that_fails_is_left_and_the_others_go_on(tmp_path, capsys):
     bad, good = Kept([], fails=["add"]), Kept([])
     opened = tracking(tmp_path, wandb=bad, mlflow=good)
+    (tmp_path / "config.json").touch()
     opened.add(row(3))
     opened.add(row(6))
     opened.finish({})
@@ -135,6 +137,7 @@ def test_one_that_is_not_installed_is_an_error_before_any_is_opened(tmp_path):
 def test_a_record_that_is_gone_and_a_damaged_list_of_records(tmp_path):
     kept = Kept([])
     tracking(tmp_path, mlflow=kept).close()
+    (tmp_path / "config.json").touch()
     kept.fails = {"open"}
     with pytest.raises(UserError, match="to begin a new record, remove .*trackers.json"):
         tracking(tmp_path, mlflow=kept)
@@ -142,6 +145,14 @@ def test_a_record_that_is_gone_and_a_damaged_list_of_records(tmp_path):
         (tmp_path / "trackers.json").write_text(damage)
         with pytest.raises(UserError, match="trackers.json is damaged"):
             tracking(tmp_path, mlflow=Kept([]))
+
+
+def test_a_start_that_came_to_nothing_leaves_its_record_behind(tmp_path):
+    """Its config is not kept: the next start may have another one."""
+    calls = []
+    for _ in range(2):
+        tracking(tmp_path, mlflow=Kept(calls)).close()
+    assert [record for what, *rest, record in calls if what == "open"] == [None, None]
 
 
 def test_no_trackers_leave_nothing(tmp_path):

@@ -67,7 +67,7 @@ def read_split(directory: pathlib.Path, key: dict[str, Any], skip_unreadable: bo
         if meta["unreadable"] and not skip_unreadable:
             raise Unusable(f"{len(meta['unreadable'])} unreadable pictures were skipped in it")
         return Split(images, labels, names, tuple(meta["mean"]), tuple(meta["std"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError) as error:
         raise Unusable(f"{type(error).__name__}: {error}") from error
 
 

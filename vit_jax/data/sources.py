@@ -52,12 +52,18 @@ def decode(file: Encoded, image_size: int | None = None, mode: str = "RGB") -> n
     """Decodes one picture, upright, in `mode`, the transparent on white; with `image_size`, its short side resized to
     that and centre-cropped.
 
-    Returns uint8 [H, W, C]. Raises whatever Pillow raises on an unreadable picture.
+    Returns uint8 [H, W, C]. Raises whatever Pillow raises on an unreadable picture, or one of 180 million pixels.
     """
-    with Image.open(file) as image:
+    with Image.open(file, formats=_formats()) as image:
         if image_size is not None:
             image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG far too large is decoded at a fraction
         return pixels(image, image_size, mode)
+
+
+def _formats() -> list[str]:
+    """All that Pillow reads, but for PostScript, which it has another program execute."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def pixels(image: Image.Image, image_size: int | None = None, mode: str = "RGB") -> np.ndarray:

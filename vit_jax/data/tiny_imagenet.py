@@ -22,6 +22,7 @@ from vit_jax.errors import UserError
 URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 ROOT = "tiny-imagenet-200"
 SIDE = 64
+MOST_BYTES = 2**26  # of a file in the zip, which could claim to unpack to anything; the largest has 2.6 million
 
 
 class Files:
@@ -46,6 +47,9 @@ class Files:
             except (zipfile.BadZipFile, OSError) as error:
                 raise self.error(f"is not a whole zip ({error}): get it again from {URL}") from error
             names = [self._inside(name) for name in archive.namelist() if not name.endswith("/")]
+            large = [info.filename for info in archive.infolist() if info.file_size > MOST_BYTES]
+            if large:
+                raise self.error(f"has a file {large[0]!r} of more than 64 MB: get the official zip from {URL}")
             self._read = lambda name: archive.read(f"{ROOT}/{name}")
         for name in names:
             folder, _, file = name.rpartition("/")

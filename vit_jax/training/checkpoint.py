@@ -1,37 +1,46 @@
 """Checkpoints: orbax's CheckpointManager, a folder a step with params, ema, optimizer and progress in it."""
 
 import hashlib
+import itertools
 import json
-import os
+import logging
 import pathlib
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
+from vit_jax import errors
 from vit_jax.errors import UserError
 from vit_jax.training.step import TrainState
 from vit_jax.training.writers import write_json
 
 ITEMS = ("params", "ema", "optimizer", "progress")
+METRICS = {"score", "step", "seconds"}
 CHECKSUMS = "checksums.json"
+Read = TypeVar("Read")
+
+
+class Damaged(UserError):
+    """A checkpoint is not as it was written."""
 
 
 class Checkpoints:
     """The checkpoints of one workdir. Writing is atomic and in the background; `close` waits for it.
 
-    A checkpoint may carry a score (the held-out accuracy); the latest `keep` ones and the best one are kept. Each gets
-    the checksums of its files once it is written, for the library does not notice every damaged file.
+    A checkpoint may carry a score (the held-out accuracy); the latest `keep` ones and the best one are kept. Each holds
+    the checksums of its files, for the library does not notice every damaged file.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 2, read_only: bool = False):
-        logging.set_verbosity(logging.ERROR)  # orbax warns of its ordinary doings
+        absl.logging.set_verbosity(absl.logging.FATAL)  # orbax warns of ordinary doings, and prints what it raises
         self.folder = workdir / "checkpoints"
-        self._lock = None if read_only else _lock(self.folder)
         best = keep_policy.BestN(get_metric_fn=_rank, n=1)
         policy = keep_policy.AnyPreservationPolicy(policies=[keep_policy.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
@@ -40,23 +49,74 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up_before_commit),
         )
         handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
-        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
+        self._manager = _Manager(self.folder.absolute(), options=options, item_handlers=handlers)
         self._read_only = read_only
+        self._told = sys.unraisablehook
+        if not read_only:
+            sys.unraisablehook = _without_echoes
+        self._verified: set[int] = set()
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    def newest_whole(self) -> int:
+        """The newest step whose files are as they were written; damaged ones after it are named on stderr.
+
+        Raises:
+          UserError: there is none.
+        """
+        step, _, damaged = self._newest(self.check)
+        for error in damaged.values():
+            print(f"warning: {error}; using step {step}", file=sys.stderr)
+        return step
+
+    def restore_newest(self, like: TrainState) -> tuple[TrainState, float]:
+        """The state of the newest whole checkpoint, like `restore`, and what training took up to it.
+
+        Damaged ones after it are named on stderr and moved aside: their steps come again.
+
+        Raises:
+          UserError: there is none (and nothing was moved), or it does not fit.
+        """
+        step, state, damaged = self._newest(lambda step: self.restore(step, like))
+        for bad, error in damaged.items():
+            aside = _free(self.folder / f"{bad}.damaged")
+            (self.folder / str(bad)).rename(aside)
+            print(f"warning: {error}; moved to {aside.name}, going on from step {step}", file=sys.stderr)
+        if damaged:
+            self._manager.reload()
+        return state, self.seconds(step)
+
+    def _newest(self, read: Callable[[int], Read]) -> tuple[int, Read, dict[int, Damaged]]:
+        """The newest step that can be read, what that gave, and the damaged ones after it."""
+        damaged: dict[int, Damaged] = {}
+        for step in reversed(self.steps()):
+            try:
+                return step, read(step), damaged
+            except Damaged as error:
+                damaged[step] = error
+        reasons = "; ".join(map(str, damaged.values()))
+        raise UserError(
+            f"no whole checkpoint in {self.folder} ({reasons}): move that folder away to begin again, or give another "
+            "--workdir"
+        )
 
     def seconds(self, step: int) -> float:
         """What training took up to `step`."""
         return (self._manager.metrics(step) or {}).get("seconds", 0.0)
 
     def best_step(self) -> int | None:
-        """The step with the highest score, the first of equals; None where no checkpoint has one."""
+        """The step with the highest score, the first of equals; None where no checkpoint has one.
+
+        Raises:
+          UserError: a score cannot be read.
+        """
+        for step in self.steps():
+            if self._manager.metrics(step) is None:
+                self.check(step)
         metrics = [found for step in self.steps() if (found := self._manager.metrics(step))]
         scored = [m for m in metrics if m["score"] is not None]
         return max(scored, key=_rank)["step"] if scored else None
@@ -81,8 +141,9 @@ class Checkpoints:
           UserError: it cannot be read.
         """
         items = self._restore(step, _items(like))
-        progress = items["progress"]
-        return TrainState(progress["step"], items["params"], items.get("ema"), items["optimizer"], progress["sums"])
+        return TrainState(
+            params=items["params"], ema=items.get("ema"), optimizer=items["optimizer"], **items["progress"]
+        )
 
     def restore_weights(self, step: int, name: str, like: Any) -> Any:
         """The tree "params" or "ema" of `step` alone, with the names and shapes of `like`.
@@ -105,7 +166,7 @@ class Checkpoints:
 
     def shapes(self, step: int, name: str) -> dict[str, tuple[int, ...]]:
         """Path → shape of the tree "params" or "ema" of `step`. Raises UserError where it cannot be read."""
-        self._check_files(step)
+        self.check(step)
         try:
             tree = self._manager.item_metadata(step)[name]
             return _shapes(getattr(tree, "tree", tree))
@@ -127,58 +188,115 @@ class Checkpoints:
         return jax.device_get(traverse_util.flatten_dict(tree, sep="/"))
 
     def finish_writing(self) -> None:
-        """Waits for what is being written."""
-        self._manager.wait_until_finished()
-        for step in self.steps():
-            folder = self.folder / str(step)
-            if not self._read_only and not (folder / CHECKSUMS).exists():
-                write_json(folder / CHECKSUMS, _checksums(folder))
+        """Waits for what is being written. Raises what went wrong with it."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception:
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each array that was not written
+            raise
+        if not self._read_only:
+            for step in self.steps():
+                folder = self.folder / str(step)
+                _sum_up(folder, _files(folder))
 
     def close(self) -> None:
-        self.finish_writing()
-        self._manager.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _check_files(self, step: int) -> None:
-        """Raises UserError where a file is not as it was written, unless its writer was killed before it said how."""
-        folder = self.folder / str(step)
         try:
-            expected = json.loads((folder / CHECKSUMS).read_text())
-        except FileNotFoundError:
+            self.finish_writing()
+        finally:
+            self._manager.close()
+        sys.unraisablehook = self._told  # not where writing failed: its echoes still come
+
+    def _sum_up_before_commit(self) -> None:
+        """Writes the checksums of what is being written, but for the few files that are still to come.
+
+        In orbax's thread, once a checkpoint is complete and before it gets its name: there is none without checksums.
+        """
+        for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            _sum_up(folder, [path for path in _files(folder) if path.parent != folder])
+
+    def check(self, step: int) -> None:
+        """Raises Damaged where a file of `step` is not as it was written."""
+        folder = self.folder / str(step)
+        sums = _sums(folder)
+        if sums is None or step in self._verified:  # None: not known, as of another version
             return
-        except ValueError as error:
-            raise self._unreadable(step, error) from error
-        found = _checksums(folder)
-        damaged = [name for name in expected if found.get(name) != expected[name]]
-        if damaged:
-            raise self._unreadable(step, ValueError(f"{damaged[0]} is not as it was written"))
+        damaged = [name for name, value in sums.items() if _sha256(folder / name) != value]
+        if damaged or not sums:
+            name = damaged[0] if damaged else CHECKSUMS
+            raise Damaged(f"checkpoint {folder} is damaged ({name} is not as it was written)")
+        self._verified.add(step)
 
     def _restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        self._check_files(step)
+        self.check(step)
         items = {name: ocp.args.StandardRestore(jax.tree.map(_abstract, tree)) for name, tree in like.items()}
         try:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
         except Exception as error:  # orbax and tensorstore raise many kinds for a damaged folder
+            if errors.expected(error):
+                raise
             raise self._unreadable(step, error) from error
 
     def _unreadable(self, step: int, error: Exception) -> UserError:
         reason = str(error).strip().split("\n")[0][:200]
-        return UserError(
-            f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {reason}); "
-            "move that folder away to go on from the one before it, or start in another --workdir"
-        )
+        message = f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {reason})"
+        if step not in self._verified:
+            return Damaged(message)
+        return UserError(f"{message}: its files are as they were written, perhaps by another version of vit_jax")
 
 
-def _checksums(folder: pathlib.Path) -> dict[str, str]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+def _without_echoes(unraisable: Any) -> None:
+    """Says what was raised where nothing catches it, but for what tensorstore's threads add to a write that failed."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+class _Manager(ocp.CheckpointManager):
+    """One that opens a folder in which a checkpoint's metrics are damaged."""
+
+    def metrics(self, step: int) -> dict[str, Any] | None:
+        try:
+            found = super().metrics(step)
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) and found.keys() == METRICS else None
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+
+
+def _sums(folder: pathlib.Path) -> dict[str, str] | None:
+    """File → checksum, empty where they are damaged; None where there are none."""
+    try:
+        found = json.loads((folder / CHECKSUMS).read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sum_up(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> None:
+    """Adds those of the files to the checksums in `folder` that have none yet."""
+    sums = _sums(folder)
+    new = {name: _sha256(file) for file in files if (name := str(file.relative_to(folder))) not in (sums or {})}
+    if new and sums != {}:
+        write_json(folder / CHECKSUMS, (sums or {}) | new)
+
+
+def _free(path: pathlib.Path) -> pathlib.Path:
+    """The path, with a number more where there is something."""
+    others = (path.with_name(f"{path.name}.{i}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], others) if not p.exists())
 
 
 def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """ "" where there is no such file, or none that can be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def _rank(metrics: dict[str, Any]) -> tuple[float, int]:
@@ -188,11 +306,7 @@ def _rank(metrics: dict[str, Any]) -> tuple[float, int]:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    items = {
-        "params": state.params,
-        "optimizer": state.optimizer,
-        "progress": {"step": state.step, "sums": state.sums},
-    }
+    items = {"params": state.params, "optimizer": state.optimizer, "progress": state.progress}
     return items | ({} if state.ema is None else {"ema": state.ema})
 
 
@@ -203,23 +317,3 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {"/".join(str(getattr(k, "key", k)) for k in path): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _lock(folder: pathlib.Path) -> int | None:
-    """Keeps other processes from writing in `folder`, until the descriptor that it returns is closed.
-
-    Raises:
-      UserError: another process does so.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise UserError(f"another process trains in {folder.parent}: wait for it, or give another --workdir") from None
-    except (ImportError, OSError):  # a system or a network disk without locks
-        return None
-    return descriptor

@@ -110,17 +110,17 @@ class Dispatcher:
         }
         self.compile_seconds = time.monotonic() - started
 
-    def __call__(self, state: TrainState, first: int, stop: int) -> tuple[TrainState, dict[str, jax.Array]]:
+    def __call__(self, state: TrainState, first: int, stop: int) -> tuple[TrainState, dict[str, Any]]:
         """Trains from step `first` to step `stop`, all of them on pictures of the size of the first.
 
-        Gives the new state (the old one is gone) and a copy of its sums.
+        Gives the new state (the old one is gone) and a copy of its progress.
         """
-        program, sums = self.programs[self._size_at(first)], state.sums
+        program, progress = self.programs[self._size_at(first)], state.progress
         while first < stop:
             count = min(stop - first, self._feed.capacity)
-            state, sums = program(state, self._place(np.int32(count)), *self._feed(first, count))
+            state, progress = program(state, self._place(np.int32(count)), *self._feed(first, count))
             first += count
-        return state, sums
+        return state, progress
 
     def choose_steps_per_call(self, state: TrainState, step: int) -> int:
         """How many steps of the first size take about two seconds here, TABLE_STEPS at most; on a copy of the state."""

@@ -5,10 +5,8 @@ import dataclasses
 import math
 import pathlib
 import shlex
-import signal
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,17 +15,18 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vit_jax.analysis import plots
 from vit_jax.analysis.metrics import peak_flops, summarize, training_flops
 from vit_jax.data.load import Split, Splits
-from vit_jax.errors import RunError, Stopped, UserError
+from vit_jax.errors import RunError, Stopped, UserError, out_of_memory
+from vit_jax.training import drawings, reporting, setup, starting
 from vit_jax.training import mesh as meshes
-from vit_jax.training import reporting, setup, starting
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.dispatch import Dispatcher, featured
+from vit_jax.training.lock import Lock
 from vit_jax.training.optim import EVERYTHING, Rules, rule_table
 from vit_jax.training.setup import Plan
+from vit_jax.training.signals import Signals, caught
 from vit_jax.training.step import (
     Classifier,
     Probe,
@@ -40,7 +39,7 @@ from vit_jax.training.step import (
     zero_sums,
 )
 from vit_jax.training.trackers import Tracking
-from vit_jax.training.writers import Metrics, Progress, Row, best_row, score, write_json
+from vit_jax.training.writers import Clock, Metrics, Progress, Row, best_row, score, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +58,8 @@ class Run:
     checkpoints: Checkpoints
     metrics: Metrics
     tracking: Tracking
+    lock: Lock
+    signals: Signals
 
     def epochs(self, steps: int) -> float:
         return steps * self.config.train.batch_size / len(self.splits.train.labels)
@@ -75,10 +76,18 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
     `command` is what was typed, which config.json keeps.
 
     Raises:
-      UserError: the config, the data or the workdir is wrong; nothing was written.
-      RunError: the loss is not finite.
+      UserError: the config, the data or the workdir is wrong, or another process trains there; nothing was written.
+      RunError: the loss or its gradient is not finite, or a device has too little memory.
       Stopped: a signal came; the run was saved.
     """
+    with caught() as signals, contextlib.ExitStack() as stack, _sizes_named(config):
+        return _train(config, workdir, command, signals, stack)
+
+
+def _train(
+    config: ConfigDict, workdir: pathlib.Path, command: str, signals: Signals, stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    """`train`; what is opened for all of it is closed by `stack`."""
     config = runs.same_run(setup.resolve_model(config), workdir)
     if (summary := runs.read_summary(workdir)) is not None:
         print(f"the run in {workdir} is finished: nothing to do")
@@ -100,10 +109,13 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
         initial, origin = starting.weights(config, classifier, class_names)
         notes += origin
 
-    tracking = Tracking(workdir, config)
+    lock = stack.enter_context(contextlib.closing(Lock(workdir)))
+    if runs.has_checkpoints(workdir) == new or runs.read_summary(workdir):
+        raise UserError(f"another process trained in {workdir} meanwhile: run the same command again")
+    checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)))
+    tracking = stack.enter_context(contextlib.closing(Tracking(workdir, config)))
     notes += tracking.notes
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    state, seconds = _new_state(task, initial) if new else _last_state(task, checkpoints)
+    state, seconds = _new_state(task, initial) if new else checkpoints.restore_newest(abstract_state(task))
     step = int(state.step)
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     if rules != EVERYTHING:
@@ -122,71 +134,67 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
     print(f"compiled in {dispatch.compile_seconds:.1f} s; {config.train.steps_per_call} steps a dispatch", flush=True)
 
     evaluate = setup.make_evaluator(config, classifier, splits.watched)
-    metrics = Metrics(workdir, step)
+    metrics = stack.enter_context(contextlib.closing(Metrics(workdir, step)))
     if lost := plan.evaluations_until(step) - {row["step"] for row in metrics.rows}:
         raise UserError(f"{metrics.path} has lost the row of step {min(lost)}: restore it, or give another --workdir")
-    parts = (plan, rules, classifier, schedule, dispatch, evaluate, checkpoints, metrics, tracking)
+    parts = (plan, rules, classifier, schedule, dispatch, evaluate, checkpoints, metrics, tracking, lock, signals)
     run = Run(config, workdir, splits, *parts)
-    with contextlib.closing(tracking):
-        for row in metrics.rows:
-            tracking.add(row)
-        with contextlib.closing(checkpoints), contextlib.closing(metrics):
+    for row in metrics.rows:
+        tracking.add(row)
+    with signals.saving():
+        try:
             state, seconds = _run_steps(run, state, seconds)
-        summary = _summarize(run, state, seconds)
-        tracking.finish(summary)
-    return summary
+        finally:
+            checkpoints.finish_writing()
+    return _summarize(run, state, seconds)
 
 
 def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState, float]:
     """From the state's step, reached in `seconds`, to the end of the run; gives the last state and its seconds."""
     config, plan, metrics = run.config, run.plan, run.metrics
     step, batch_size = int(state.step), config.train.batch_size
-    sums = jax.device_get(state.sums)  # the state itself is given away
+    done = jax.device_get(state.progress)  # the state itself is given away
     clock = Clock(seconds)
     progress = Progress(step, plan.total, batch_size)
-    with caught_signals() as signals, contextlib.closing(progress):
+    with contextlib.closing(progress):
         while step < plan.total and not metrics.patience_is_over(config.train.patience):
             stop = plan.next_stop(step, config.train.steps_per_call)
             clock.count(stop - step)
-            before, (state, sums) = sums, run.dispatch(state, step, stop)
+            before, (state, done) = done, run.dispatch(state, step, stop)
             step = stop
-            pause = bool(signals) or step in plan.evaluations or step in plan.checkpoints
-            # Without a pause, ask for the loss of the dispatch before: to wait for this one would idle the device.
-            progress.update(step, _finite_loss(sums if pause else before, step))
+            stopping = run.signals.stop()
+            pause = stopping or step in plan.evaluations or step in plan.checkpoints
+            # Without a pause, look at the dispatch before: to wait for this one would idle the device.
+            seen = done if pause else before
+            _check_unfrozen(run, seen)
+            progress.update(step, _mean_loss(seen["sums"]))
             if not pause:
                 continue
 
             clock.stop()
+            run.lock.check()
             evaluated = step in plan.evaluations
             if evaluated:
-                row = _row(run, step, sums) | clock.rate(batch_size) | _validate(run, state)
+                row = _row(run, done) | clock.rate(batch_size) | _validate(run, state)
                 metrics.add(row)
                 run.tracking.add(row)
                 progress.say(_describe(row, plan.total))
-                state = dataclasses.replace(state, sums=jax.device_put(zero_sums(), sums["loss"].sharding))
-                sums = jax.device_get(state.sums)
+                state = dataclasses.replace(state, sums=jax.device_put(zero_sums(), state.sums["loss"].sharding))
+                done = jax.device_get(state.progress)
             best = run.selects and evaluated and best_row(metrics.rows)["step"] == step
-            if signals or best or step in plan.checkpoints:
-                _check_finite(state, step)
+            if stopping or best or step in plan.checkpoints:
+                _check_weights(run, state)
                 run.checkpoints.save(state, score(row) if run.selects and evaluated else None, clock.seconds)
-            if signals and step < plan.total:
+            if stopping and step < plan.total:
                 _draw_curves(run)
                 raise Stopped(f"saved step {step} of {plan.total} in {run.workdir}; the same command goes on")
             clock.start()
-        _check_finite(state, step)
+        _check_weights(run, state)
         run.checkpoints.save(state, None, clock.seconds)  # where patience ended the run before its last step
     return state, clock.seconds
 
 
 # The state that a run begins with
-
-
-def _last_state(task: Task, checkpoints: Checkpoints) -> tuple[TrainState, float]:
-    """The last checkpoint's state, and its seconds."""
-    latest = checkpoints.latest_step()
-    if latest is None:
-        raise UserError(f"{checkpoints.folder} holds no whole checkpoint: move it away, or give another --workdir")
-    return checkpoints.restore(latest, abstract_state(task)), checkpoints.seconds(latest)
 
 
 def _new_state(task: Task, initial: dict[str, jax.Array] | None) -> tuple[TrainState, float]:
@@ -210,35 +218,64 @@ def _featured(splits: Splits, probe: Probe, params: Any, batch_size: int) -> Spl
 # A row of metrics.csv
 
 
-def _finite_loss(sums: dict[str, jax.Array], step: int) -> float | None:
-    """The mean training loss since the last evaluation, None where no step came; RunError where it is not finite."""
-    loss, examples = float(sums["loss"]), float(sums["examples"])
-    if not math.isfinite(loss):
-        raise _diverged("training loss is", step)
-    return loss / examples if examples else None
+def _mean_loss(sums: Mapping[str, Any]) -> float | None:
+    """The mean training loss since the last evaluation; None where no update was made."""
+    examples = float(sums["examples"])
+    return float(sums["loss"]) / examples if examples else None
 
 
-def _check_finite(state: TrainState, step: int) -> None:
-    """Raises RunError where the last update broke the weights: the loss shows that a step later."""
+def _check_unfrozen(run: Run, done: Mapping[str, Any]) -> None:
+    """Raises RunError where a dispatch met a step that may not be skipped."""
+    if done["skipped"] > run.config.train.skip_nonfinite:
+        raise _diverged(run, "loss or its gradient is", done)
+
+
+def _check_weights(run: Run, state: TrainState) -> None:
+    """Raises RunError where finite gradients broke the weights: the loss shows that a step later."""
     if not all_finite(state.params):
-        raise _diverged("weights are", step)
+        raise _diverged(run, "weights are", jax.device_get(state.progress))
 
 
-def _diverged(what: str, step: int) -> RunError:
+def _diverged(run: Run, what: str, done: Mapping[str, Any]) -> RunError:
+    rate = _rate(run, int(done["step"]), run.config.train.skip_nonfinite)
     return RunError(
-        f"the {what} not finite by step {step}; the checkpoint before is kept; lower optim.learning_rate or set "
-        "optim.clip_norm, in a new --workdir"
+        f"the {what} not finite at step {done['step']} (learning rate {rate:.3g}, gradient norm {done['norm']:.3g}); "
+        "the checkpoint before is kept; lower optim.learning_rate or set optim.clip_norm in a new --workdir, or allow "
+        "train.skip_nonfinite such steps"
     )
 
 
-def _row(run: Run, step: int, sums: dict[str, jax.Array]) -> Row:
-    values = {name: float(value) for name, value in jax.device_get(sums).items()}
+def _rate(run: Run, step: int, skipped: int) -> float:
+    """The learning rate of `step`: the optimizer does not count the steps that were skipped."""
+    return float(run.schedule(max(step - skipped, 0)))
+
+
+@contextlib.contextmanager
+def _sizes_named(config: ConfigDict) -> Iterator[None]:
+    """Says what memory was asked for where there is too little."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        train, accumulate, remat = config.train, config.optim.accumulate, config.model.remat
+        ways = [f"lower train.batch_size (now {train.batch_size})", f"raise optim.accumulate (now {accumulate})"]
+        ways += [] if remat else ["set model.remat=True"]
+        ways += [] if train.dtype == "bfloat16" else ["set train.dtype=bfloat16"]
+        raise RunError(
+            f"out of memory with {train.batch_size // accumulate} pictures at once: {', or '.join(ways)}"
+        ) from error
+
+
+def _row(run: Run, done: Mapping[str, Any]) -> Row:
+    step, sums = int(done["step"]), {name: float(value) for name, value in done["sums"].items()}
+    accuracy = sums["correct"] / sums["examples"] if sums["examples"] else math.nan
     return {
         "step": step,
         "epoch": run.epochs(step),
-        "learning_rate": float(run.schedule(step - 1)),
-        "train_loss": values["loss"] / values["examples"],
-        "train_accuracy": None if math.isnan(values["correct"]) else values["correct"] / values["examples"],
+        "learning_rate": _rate(run, step - 1, int(done["skipped"])),
+        "train_loss": _mean_loss(sums),
+        "train_accuracy": None if math.isnan(accuracy) else accuracy,
     }
 
 
@@ -256,43 +293,19 @@ def _validate(run: Run, state: TrainState) -> Row:
 def _describe(row: Row, total: int) -> str:
     raw = "" if row["ema_val_accuracy"] is None else f" (raw {row['val_accuracy']:.2%})"
     train = "mixed" if row["train_accuracy"] is None else f"{row['train_accuracy']:.2%}"
+    loss = "none" if row["train_loss"] is None else f"{row['train_loss']:.4f}"
     return (
-        f"step {row['step']}/{total}  epoch {row['epoch']:.2f}  loss {row['train_loss']:.4f}  "
+        f"step {row['step']}/{total}  epoch {row['epoch']:.2f}  loss {loss}  "
         f"train {train}  val {score(row):.2%}{raw}  {row['images_per_second']:.0f} images/s"
     )
-
-
-class Clock:
-    """Seconds spent on training alone, over all of the run's sessions, and the speed since the last row."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self._interval, self._steps = 0.0, 0
-        self.start()
-
-    def start(self) -> None:
-        self._since = time.monotonic()
-
-    def count(self, steps: int) -> None:
-        self._steps += steps
-
-    def stop(self) -> None:
-        elapsed = time.monotonic() - self._since
-        self.seconds += elapsed
-        self._interval += elapsed
-
-    def rate(self, batch_size: int) -> Row:
-        rate = self._steps * batch_size / max(self._interval, 1e-9)
-        self._interval, self._steps = 0.0, 0
-        return {"images_per_second": rate, "seconds": self.seconds}
 
 
 # The end
 
 
 def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
-    """Measures the last weights on test, draws the curves, writes summary.json, which says the run is finished, and
-    report.html.
+    """Measures the last weights on test, draws the curves, writes report.html, tells the trackers, and at last writes
+    summary.json, which says that the run is finished.
     """
     evaluate = run.evaluate
     if run.splits.reported is not run.splits.watched:
@@ -315,6 +328,7 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
         "epochs": run.epochs(int(state.step)),
         "steps": int(state.step),
+        "skipped_updates": int(state.skipped),
         "train_seconds": seconds,
         "compile_seconds": run.dispatch.compile_seconds,
         "images_per_second": speed,
@@ -323,15 +337,16 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "protocol": setup.protocol(run.config, run.splits),
     }
     _draw_curves(run)
+    _report(run.workdir, results, summary)
+    run.tracking.finish(summary)
     write_json(run.workdir / "summary.json", summary)
-    _report(run.workdir, results)
     return summary
 
 
-def _report(workdir: pathlib.Path, results: Mapping[str, np.ndarray]) -> None:
+def _report(workdir: pathlib.Path, results: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> None:
     """Writes report.html. By now the run is done, and no fault in drawing it may lose it."""
     try:
-        reporting.write(workdir, results)
+        reporting.write(workdir, results, summary)
     except Exception as error:
         again = f"python -m vit_jax.report --workdir {shlex.quote(str(workdir))}"
         print(f"warning: no report.html ({error}); {again} tries again", file=sys.stderr)
@@ -339,8 +354,7 @@ def _report(workdir: pathlib.Path, results: Mapping[str, np.ndarray]) -> None:
 
 def _draw_curves(run: Run) -> None:
     if run.metrics.rows:
-        measured_on = "held out" if run.selects else "test"
-        plots.curves(run.metrics.rows, run.workdir / "curves.png", run.workdir.name, measured_on)
+        drawings.curves(drawings.Subject(run.workdir))
 
 
 def _training_flops(classifier: Classifier) -> float | None:
@@ -359,20 +373,3 @@ def _training_flops(classifier: Classifier) -> float | None:
         mlp_dim=model.mlp_dim,
         classes=classifier.num_classes,
     )
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list, so that the loop can save first; a second one interrupts at once."""
-    received: list[int] = []
-
-    def receive(number, _):
-        received.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

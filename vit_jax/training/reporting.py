@@ -61,7 +61,10 @@ OF_MODEL = {
 
 
 def write(
-    workdir: pathlib.Path, results: Mapping[str, np.ndarray] | None = None, data_dir: str | None = None
+    workdir: pathlib.Path,
+    results: Mapping[str, np.ndarray] | None = None,
+    summary: Mapping[str, Any] | None = None,
+    data_dir: str | None = None,
 ) -> tuple[pathlib.Path, list[str]]:
     """Writes report.html into the folder of a run, finished or not; gives its path, and what was left out and why.
 
@@ -69,13 +72,14 @@ def write(
 
     Args:
       results: of the last weights on the run's own test pictures, where they are known (see `step.make_evaluate`).
+      summary: what summary.json will hold, where it is not there yet.
       data_dir: where data sets lie, if not where the run found them.
 
     Raises:
       UserError: there is no run.
     """
     config, _ = runs.read_config(workdir)
-    about, summary = runs.read_about(workdir), runs.read_summary(workdir)
+    about, summary = runs.read_about(workdir), summary or runs.read_summary(workdir)
     rows = read_metrics(workdir / "metrics.csv")
     subject = Subject(workdir, data_dir=data_dir)
     (workdir / "figures").mkdir(exist_ok=True)

@@ -267,6 +267,7 @@ def make_task(config: ConfigDict, classifier: Classifier, plan: Plan, rules: Rul
         seed=config.train.seed,
         multipliers=rules,
         fsdp=config.mesh.fsdp,
+        skip_nonfinite=config.train.skip_nonfinite,
     )
     return task, schedule
 

@@ -33,6 +33,8 @@ class TrainState:
       ema: their moving average, or None.
       optimizer: optax's state; of frozen parameters it has none.
       sums: sums over the steps since the last evaluation: loss, correct, examples; float32 [].
+      skipped: steps so far whose update was left out, for it was not finite; int32 [].
+      norm: global norm of the last step's gradient, float32 [].
     """
 
     step: jax.Array
@@ -40,6 +42,13 @@ class TrainState:
     ema: Any
     optimizer: Any
     sums: dict[str, jax.Array]
+    skipped: jax.Array
+    norm: jax.Array
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """All but the weights and the optimizer's state: what the loop looks at."""
+        return {name: getattr(self, name) for name in ("step", "sums", "skipped", "norm")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +140,7 @@ class Task:
     Attributes:
       multipliers: the optimizer's; what has 0 stays as it is.
       fsdp: whether each device keeps a part of the state, and has the parameters whole only while a step uses them.
+      skip_nonfinite: as many steps whose loss or gradient is not finite change no weights; one more freezes the state.
     """
 
     classifier: Classifier
@@ -142,6 +152,7 @@ class Task:
     seed: int
     multipliers: optim.Rules = optim.EVERYTHING
     fsdp: bool = False
+    skip_nonfinite: int = 0
 
     def size_at(self, step: int) -> int:
         """The side of the pictures that step `step` trains on, pixels."""
@@ -158,7 +169,8 @@ def new_state(task: Task) -> TrainState:
     params = task.classifier.init(task.seed)
     ema = jax.tree.map(jnp.copy, params) if task.ema_decay else None
     trained, _ = optim.partition(params, task.multipliers)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, task.optimizer.init(trained), zero_sums())
+    none = jnp.zeros((), jnp.int32)
+    return TrainState(none, params, ema, task.optimizer.init(trained), zero_sums(), none, jnp.zeros(()))
 
 
 def abstract_state(task: Task) -> TrainState:
@@ -235,7 +247,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def train_step(task: Task, size: int, state: TrainState, images: jax.Array, labels: jax.Array) -> TrainState:
-    """One optimizer step on uint8 images [B, H, W, C] and labels [B], cut or resized to `size`."""
+    """One optimizer step on uint8 images [B, H, W, C] and labels [B], cut or resized to `size`.
+
+    Where the loss or the gradient's norm is not finite, weights, optimizer and sums stay as they are; the step counts
+    if `task.skip_nonfinite` allows as many of them.
+    """
     images, targets, mixed = training_pictures(task, size, state.step, images, labels)
     dropout_key, mesh = step_keys(task.seed, state.step)[2], task.classifier.mesh
     trained, frozen = optim.partition(state.params, task.multipliers)
@@ -262,7 +278,7 @@ def train_step(task: Task, size: int, state: TrainState, images: jax.Array, labe
 
     updates, optimizer = task.optimizer.update(gradients, state.optimizer, trained)
     trained = optax.apply_updates(trained, updates)
-    ema = state.ema
+    params, ema = optim.merge(trained, frozen), state.ema
     if ema is not None:
         average, kept = optim.partition(ema, task.multipliers)
         average = optim.update_ema(average, trained, optim.ema_decay(task.ema_decay, state.step))
@@ -270,7 +286,14 @@ def train_step(task: Task, size: int, state: TrainState, images: jax.Array, labe
     correct = jnp.where(mixed, jnp.nan, correct)  # a mixed picture has no one class to be right about
     batch = {"loss": loss * len(labels), "correct": correct, "examples": jnp.float32(len(labels))}
     sums = jax.tree.map(jnp.add, state.sums, batch)
-    return TrainState(state.step + 1, optim.merge(trained, frozen), ema, optimizer, sums)
+
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    skipped = state.skipped + ~finite
+    count = state.step + (skipped <= task.skip_nonfinite)
+    new, old = (params, ema, optimizer, sums), (state.params, state.ema, state.optimizer, state.sums)
+    params, ema, optimizer, sums = jax.tree.map(functools.partial(jnp.where, finite), new, old)
+    return TrainState(count, params, ema, optimizer, sums, skipped, norm)
 
 
 Pick = Callable[..., tuple[jax.Array, jax.Array]]  # (i, mesh, *data) → a dispatch's i-th batch, images and labels
@@ -290,18 +313,24 @@ def pick_streamed(i: jax.Array, mesh: Mesh, images: jax.Array, labels: jax.Array
 
 
 def make_train_steps(task: Task, size: int, pick: Pick) -> jax.stages.Wrapped:
-    """One dispatch of training at a `size`: (state, count, *data) → (state, a copy of its sums).
+    """One dispatch of training at a `size`: (state, count, *data) → (state, a copy of its progress).
 
-    It makes `count` steps, on the batches that `pick` finds in the data. The state is donated.
+    It makes `count` steps, up to one that freezes the state, on the batches that `pick` finds in the data. The state is
+    donated.
     """
     mesh = task.classifier.mesh
 
     def train_steps(state, count, *data):
-        def body(i, state):
-            return train_step(task, size, state, *pick(i, mesh, *data))
+        def unfrozen(carry):
+            i, state = carry
+            return (i < count) & (state.skipped <= task.skip_nonfinite)
 
-        state = lax.fori_loop(0, count, body, state)
-        return state, state.sums
+        def body(carry):
+            i, state = carry
+            return i + 1, train_step(task, size, state, *pick(i, mesh, *data))
+
+        _, state = lax.while_loop(unfrozen, body, (jnp.int32(0), state))
+        return state, state.progress
 
     where = jax.tree.map(lambda x: x.sharding, abstract_state(task))
     return jax.jit(train_steps, donate_argnums=0, out_shardings=(where, meshes.replicated(mesh)))

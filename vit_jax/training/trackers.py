@@ -187,7 +187,7 @@ class Tracking:
       notes: lines for the user.
 
     Raises:
-      UserError: a library is not installed, or a tracker cannot be reached; a new workdir is not made then.
+      UserError: a library is not installed, or a tracker cannot be reached; nothing new is left in the workdir.
     """
 
     def __init__(self, workdir: pathlib.Path, config: ConfigDict, kinds: Mapping[str, tuple[str, Opener]] = KINDS):
@@ -195,19 +195,23 @@ class Tracking:
         self._path = workdir / "trackers.json"
         self._open: dict[str, Tracker] = {}
         names = tracker_names(config.train.trackers)
-        self._records = _read(self._path) if names else {}
+        # Records of a start that came to nothing, perhaps with another config, are not gone on with.
+        self._records = _read(self._path) if names and (workdir / "config.json").exists() else {}
         libraries = {name: _library(name, kinds[name][0]) for name in names}
         fields = {path: get(config, path) for path in FIELDS}
         new = not workdir.exists()
+        workdir.mkdir(parents=True, exist_ok=True)
+        before = set(workdir.iterdir())
         for name, library in libraries.items():
             stored = self._records.get(name, {"record": None})
             try:
-                workdir.mkdir(parents=True, exist_ok=True)
                 tracker = kinds[name][1](library, workdir, fields, stored["record"])
             except Exception as error:
                 self.close()
+                for path in set(workdir.iterdir()) - before:
+                    shutil.rmtree(path, ignore_errors=True)
                 if new:
-                    shutil.rmtree(workdir, ignore_errors=True)
+                    workdir.rmdir()
                 anew = f"; to begin a new record, remove {self._path}" if stored["record"] else ""
                 raise UserError(
                     f"the tracker {name} cannot be used ({_one_line(error)}): set it up, or leave it out of "

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from vit_jax.config import FIELDS, differences, from_dict, get, put, to_dict
 from vit_jax.errors import UserError
 from vit_jax.training import mesh as meshes
-from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.checkpoint import Checkpoints, Damaged
 from vit_jax.training.step import Classifier
 from vit_jax.training.writers import write_json
 
@@ -71,7 +71,7 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
         summary = json.loads(path.read_text())
         if not {"test_accuracy", "protocol"} <= dict(summary).keys():
             raise ValueError("it has no result")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and the run measures its end again") from error
     return summary
 
@@ -142,12 +142,16 @@ def _choose(checkpoints: Checkpoints, which: str, workdir: pathlib.Path) -> int:
     if not steps:
         raise UserError(f"the run in {workdir} has no checkpoint yet")
     if which == "last":
-        return steps[-1]
+        return checkpoints.newest_whole()
     if which == "best":
         best = checkpoints.best_step()
         if best is None:
             raise UserError(f"the run in {workdir} has no best checkpoint: it held no pictures out (data.holdout=0)")
-        return best
+        which = str(best)
     if not (which.isascii() and which.isdigit()) or int(which) not in steps:
         raise UserError(f"no checkpoint {which!r} in {workdir}: there are last, best and {', '.join(map(str, steps))}")
+    try:
+        checkpoints.check(int(which))
+    except Damaged as error:
+        raise UserError(f"{error}: take another step, or --checkpoint last, the newest whole one") from error
     return int(which)

@@ -158,3 +158,28 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+class Clock:
+    """Seconds spent on training alone, over all of the run's sessions, and the speed since the last row."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._interval, self._steps = 0.0, 0
+        self.start()
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    def count(self, steps: int) -> None:
+        self._steps += steps
+
+    def stop(self) -> None:
+        elapsed = time.monotonic() - self._since
+        self.seconds += elapsed
+        self._interval += elapsed
+
+    def rate(self, batch_size: int) -> Row:
+        rate = self._steps * batch_size / max(self._interval, 1e-9)
+        self._interval, self._steps = 0.0, 0
+        return {"images_per_second": rate, "seconds": self.seconds}
