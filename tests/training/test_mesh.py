@@ -84,8 +84,8 @@ def measure(data, model, fsdp, placement):
     return first | dict(losses=losses, kept=kept, evaluated=evaluated.tolist(), collectives=collectives)
 
 
-@pytest.fixture(scope="module")
-def layouts():
+def test_every_layout_trains_as_one_device():
+    """In one test, for each worker that runs a part of it would train all of them."""
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
@@ -93,25 +93,14 @@ def layouts():
     }
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one device"])
-def test_every_layout_trains_as_one_device(layouts, name):
-    one, here = layouts["one device"], layouts[name]
-    np.testing.assert_allclose(here["losses"], one["losses"], rtol=1e-5)
-    np.testing.assert_allclose(here["evaluated"], one["evaluated"], rtol=1e-3)
-
-
-def test_a_device_keeps_only_its_share(layouts):
-    """An eighth and a twentieth of that, from the first step to the last."""
-    for when in ("state", "kept"):
-        assert layouts["fsdp"][when] <= 0.131
-        assert layouts["data"][when] == 1
-
-
-def test_data_parallel_only_adds_up(layouts):
-    """But for the pictures that mixing takes from a neighbour."""
+    layouts = json.loads(done.stdout.splitlines()[-1])
+    one = layouts.pop("one device")
+    for name, found in layouts.items():
+        np.testing.assert_allclose(found["losses"], one["losses"], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found["evaluated"], one["evaluated"], rtol=1e-3, err_msg=name)
+    for when in ("state", "kept"):  # of a device's share: an eighth and a twentieth of that, at the start and the end
+        assert layouts["fsdp"][when] <= 0.131 and layouts["data"][when] == 1
+    # Data parallelism only adds up gradients, but for the pictures that mixing takes from a neighbour.
     assert layouts["data"]["collectives"] == ["all-reduce", "collective-permute"]
     assert "all-gather" in layouts["fsdp"]["collectives"]
 
