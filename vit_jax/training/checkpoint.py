@@ -14,6 +14,7 @@ from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from vit_jax.errors import UserError
+from vit_jax.training import processes
 from vit_jax.training.step import TrainState
 from vit_jax.training.writers import write_json
 
@@ -24,6 +25,8 @@ CHECKSUMS = "checksums.json"
 class Checkpoints:
     """The checkpoints of one workdir. Writing is atomic and in the background; `close` waits for it.
 
+    All processes of a run write together, and each reads by itself where it is `read_only`.
+
     A checkpoint may carry a score (the held-out accuracy); the latest `keep` ones and the best one are kept. Each gets
     the checksums of its files once it is written, for the library does not notice every damaged file.
     """
@@ -31,7 +34,12 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int = 2, read_only: bool = False):
         logging.set_verbosity(logging.ERROR)  # orbax warns of its ordinary doings
         self.folder = workdir / "checkpoints"
-        self._lock = None if read_only else _lock(self.folder)
+        self._writes = not read_only and processes.is_first()  # what is beside orbax's own
+        alone = jax.process_index()
+        together = ocp.options.MultiprocessingOptions()
+        if read_only:
+            together = ocp.options.MultiprocessingOptions(alone, {alone}, barrier_sync_key_prefix=f"reader{alone}")
+        self._lock = _lock(self.folder) if self._writes else None
         best = keep_policy.BestN(get_metric_fn=_rank, n=1)
         policy = keep_policy.AnyPreservationPolicy(policies=[keep_policy.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
@@ -40,10 +48,10 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
+            multiprocessing_options=together,
         )
         handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
-        self._read_only = read_only
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -118,7 +126,7 @@ class Checkpoints:
         Raises:
           UserError: it cannot be read.
         """
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = {
             tuple(path.split("/")): jax.ShapeDtypeStruct(shape, np.float32, sharding=here)
             for path, shape in self.shapes(step, name).items()
@@ -131,7 +139,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         for step in self.steps():
             folder = self.folder / str(step)
-            if not self._read_only and not (folder / CHECKSUMS).exists():
+            if self._writes and not (folder / CHECKSUMS).exists():
                 write_json(folder / CHECKSUMS, _checksums(folder))
 
     def close(self) -> None:

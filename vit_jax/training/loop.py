@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import shlex
 import signal
@@ -19,10 +20,11 @@ from ml_collections import ConfigDict
 
 from vit_jax.analysis import plots
 from vit_jax.analysis.metrics import peak_flops, summarize, training_flops
+from vit_jax.config import to_dict
 from vit_jax.data.load import Split, Splits
 from vit_jax.errors import RunError, Stopped, UserError
 from vit_jax.training import mesh as meshes
-from vit_jax.training import reporting, setup, starting
+from vit_jax.training import processes, reporting, setup, starting
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.dispatch import Dispatcher, featured, make_evaluator
@@ -80,6 +82,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
       Stopped: a signal came; the run was saved.
     """
     config = runs.same_run(setup.resolve_model(config), workdir)
+    processes.check_same("config or workdir", [to_dict(config), runs.contents(workdir)])
     if (summary := runs.read_summary(workdir)) is not None:
         print(f"the run in {workdir} is finished: nothing to do")
         return summary
@@ -87,8 +90,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
     mesh = meshes.make_mesh(config.mesh.data)
     if new := not runs.has_checkpoints(workdir):
         config = starting.resolve(config)
-    splits = setup.load_data(config)
+    with processes.first_goes_first("data"):
+        splits = setup.load_data(config)
     config = runs.same_run(setup.resolve_data(config, splits.train, mesh), workdir)
+    processes.check_same("data set", [to_dict(config)["data"], splits.train.labels.tolist()])
     plan, notes = setup.make_plan(config, len(splits.train.labels))
     class_names = splits.train.class_names
     classifier = setup.make_classifier(config, len(class_names), mesh)
@@ -117,11 +122,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
     dispatch = Dispatcher(task, state, splits.train, config.train.batch_size)
     if not config.train.steps_per_call:
         config.train.steps_per_call = dispatch.choose_steps_per_call(state, step)
-    runs.write_config(workdir, config, splits.train.class_names, command)
+    if processes.is_first():
+        runs.write_config(workdir, config, splits.train.class_names, command)
     print(f"compiled in {dispatch.compile_seconds:.1f} s; {config.train.steps_per_call} steps a dispatch", flush=True)
 
     evaluate = make_evaluator(classifier, splits.watched, setup.evaluation_size(config))
-    metrics = Metrics(workdir, step)
+    metrics = Metrics(workdir, step, writes=processes.is_first())
     if lost := plan.evaluations_until(step) - {row["step"] for row in metrics.rows}:
         raise UserError(f"{metrics.path} has lost the row of step {min(lost)}: restore it, or give another --workdir")
     parts = (plan, rules, classifier, schedule, dispatch, evaluate, checkpoints, metrics, tracking)
@@ -142,14 +148,16 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
     step, batch_size = int(state.step), config.train.batch_size
     sums = jax.device_get(state.sums)  # the state itself is given away
     clock = Clock(seconds)
-    progress = Progress(step, plan.total, batch_size)
+    progress = Progress(step, plan.total, batch_size, None if processes.is_first() else open(os.devnull, "w"))
+    vote = processes.Vote()
     with caught_signals() as signals, contextlib.closing(progress):
         while step < plan.total and not metrics.patience_is_over(config.train.patience):
             stop = plan.next_stop(step, config.train.steps_per_call)
             clock.count(stop - step)
             before, (state, sums) = sums, run.dispatch(state, step, stop)
             step = stop
-            pause = bool(signals) or step in plan.evaluations or step in plan.checkpoints
+            stopping = vote(bool(signals))  # in all processes at the same step
+            pause = stopping or step in plan.evaluations or step in plan.checkpoints
             # Without a pause, ask for the loss of the dispatch before: to wait for this one would idle the device.
             progress.update(step, _finite_loss(sums if pause else before, step))
             if not pause:
@@ -162,13 +170,13 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
                 metrics.add(row)
                 run.tracking.add(row)
                 progress.say(_describe(row, plan.total))
-                state = dataclasses.replace(state, sums=jax.device_put(zero_sums(), sums["loss"].sharding))
+                state = dataclasses.replace(state, sums=meshes.place(zero_sums(), run.classifier.mesh))
                 sums = jax.device_get(state.sums)
             best = run.selects and evaluated and best_row(metrics.rows)["step"] == step
-            if signals or best or step in plan.checkpoints:
+            if stopping or best or step in plan.checkpoints:
                 _check_finite(state, step)
                 run.checkpoints.save(state, score(row) if run.selects and evaluated else None, clock.seconds)
-            if signals and step < plan.total:
+            if stopping and step < plan.total:
                 _draw_curves(run)
                 raise Stopped(f"saved step {step} of {plan.total} in {run.workdir}; the same command goes on")
             clock.start()
@@ -322,8 +330,9 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "protocol": setup.protocol(run.config, run.splits),
     }
     _draw_curves(run)
-    write_json(run.workdir / "summary.json", summary)
-    _report(run.workdir, results)
+    if processes.is_first():
+        write_json(run.workdir / "summary.json", summary)
+        _report(run.workdir, results)
     return summary
 
 
@@ -337,7 +346,7 @@ def _report(workdir: pathlib.Path, results: Mapping[str, np.ndarray]) -> None:
 
 
 def _draw_curves(run: Run) -> None:
-    if run.metrics.rows:
+    if run.metrics.rows and processes.is_first():
         measured_on = "held out" if run.selects else "test"
         plots.curves(run.metrics.rows, run.workdir / "curves.png", run.workdir.name, measured_on)
 

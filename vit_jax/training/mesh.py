@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,16 +27,22 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "vit_jax"
 
 
-def make_mesh(data: int) -> Mesh:
+def make_mesh(data: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of `data` devices (-1: all) along the one axis "data".
+
+    Args:
+      devices: to choose from; None: those of all processes, each of which must have one in the mesh.
 
     Raises:
       UserError: there are not as many devices.
     """
-    devices = jax.devices()
+    everywhere = devices is None
+    devices = devices or jax.devices()
     count = len(devices) if data == -1 else data
     if count > len(devices):
         raise UserError(f"mesh.data={data}, but there are {len(devices)} devices ({devices[0].device_kind})")
+    if everywhere and len({device.process_index for device in devices[:count]}) < jax.process_count():
+        raise UserError(f"mesh.data={data} leaves processes without a device: there are {len(devices)} in all")
     return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:count])
 
 
@@ -53,9 +60,15 @@ def with_sharding(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), shapes)
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Puts host arrays on the devices, replicated."""
-    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
+def place(tree: Any, mesh: Mesh, sharding: NamedSharding | None = None) -> Any:
+    """Puts host arrays, the same in all processes, on the devices: replicated, or as `sharding` says."""
+    where = sharding or replicated(mesh)
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
 
 
 def part_sharded(mesh: Mesh) -> NamedSharding:

@@ -291,7 +291,7 @@ def make_train_steps(task: Task, size: int) -> jax.stages.Wrapped:
 def make_features(probe: Probe) -> jax.stages.Wrapped:
     """(params, images uint8 [B, H, W, C]) → features, float32 [B, D]."""
     everywhere, sharded = meshes.replicated(probe.mesh), meshes.batch_sharded(probe.mesh)
-    return jax.jit(probe.features, in_shardings=(everywhere, sharded), out_shardings=sharded)
+    return jax.jit(probe.features, in_shardings=(everywhere, sharded), out_shardings=everywhere)
 
 
 def make_evaluate(classifier: Classifier, batch_size: int) -> jax.stages.Wrapped:

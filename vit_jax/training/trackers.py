@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.config import FIELDS, get, tracker_names
 from vit_jax.errors import UserError
+from vit_jax.training import processes
 from vit_jax.training.writers import COLUMNS, Row, write_json
 
 PROJECT = "vit_jax"  # where the tracker's own environment variable names no other
@@ -193,8 +194,8 @@ class Tracking:
         self._workdir, self._done = workdir, False
         self._path = workdir / "trackers.json"
         self._open: dict[str, Tracker] = {}
-        self._records = _read(self._path)
-        names = tracker_names(config.train.trackers)
+        self._records = _read(self._path) if processes.is_first() else {}
+        names = tracker_names(config.train.trackers) if processes.is_first() else []
         libraries = {name: _library(name, kinds[name][0]) for name in names}
         fields = {path: get(config, path) for path in FIELDS}
         new = not workdir.exists()

@@ -55,7 +55,9 @@ def open_run(
     config, class_names = runs.read_config(workdir)
     if data_dir is not None:
         config.data.dir = data_dir
-    classifier = setup.make_classifier(config, len(class_names), meshes.make_mesh(_devices(config)))
+    classifier = setup.make_classifier(
+        config, len(class_names), meshes.make_mesh(_devices(config), jax.local_devices())
+    )
     params, step, kind = runs.load_weights(workdir, classifier, checkpoint, weights)
     return Trained(workdir, config, class_names, classifier, params, step, kind)
 
@@ -81,7 +83,7 @@ def open_weights(config: ConfigDict, workdir: pathlib.Path) -> tuple[Trained, li
 
 def _devices(config: ConfigDict) -> int:
     """As many as the run was measured on; here, where there are fewer, as many as can share its batches."""
-    here = len(jax.devices())
+    here = jax.local_device_count()
     wanted = here if config.mesh.data == -1 else min(config.mesh.data, here)
     return math.gcd(wanted, setup.evaluation_size(config))
 
