@@ -72,6 +72,7 @@ while ((${#pids[@]})); do
     if ((status && !code)); then
       code=$status
       deadline=$((SECONDS + grace))
+      ((code == 75)) || echo "a process ended with exit code $code; the others end too" >&2
     fi
   done
   pids=("${running[@]+"${running[@]}"}")

@@ -139,7 +139,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
         for step in self.steps():
             folder = self.folder / str(step)
-            if self._writes and not (folder / CHECKSUMS).exists():
+            if self._writes and folder.exists() and not (folder / CHECKSUMS).exists():  # it is not where writing failed
                 write_json(folder / CHECKSUMS, _checksums(folder))
 
     def close(self) -> None:

@@ -4,13 +4,16 @@ Each runs the same program on its own devices, and all see one workdir, on a fil
 number 0, writes what is written, but for checkpoints, which all write together.
 """
 
+import atexit
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,13 +23,14 @@ from jax._src.distributed import global_state  # its client: barriers and keys t
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from vit_jax.errors import RunError, Stopped, UserError, expected
+from vit_jax.errors import INTERRUPTED, RunError, Stopped, UserError, expected
 
 JOIN_SECONDS = 300  # for all processes to start
-HEARTBEAT_SECONDS = 30  # a process that was silent for so long is dead
-LEAVE_SECONDS = 15  # for all to leave, once they should
+PAUSE_SECONDS = 1  # between looks at how the others are
+SILENT_SECONDS = 15  # a process of which nothing was heard for so long is gone
+HEARTBEAT_SECONDS = 40  # the same for jax itself, which ends the process with less to say
 LONG = 7 * 24 * 3600 * 1000  # milliseconds: others' work may take its time, and whoever dies meanwhile ends all
-FAILED = "vit_jax/failed/"
+FAILED, ALIVE = "vit_jax/failed/", "vit_jax/alive/"
 GO_ON = "the same command, in all processes, goes on from the last checkpoint"
 # What devices say of a process that is gone: gloo's words, NCCL's, and the coordination service's.
 GONE = re.compile(r"gloo|nccl|connection (closed|reset)|coordination service|UNAVAILABLE|heartbeat", re.IGNORECASE)
@@ -69,12 +73,10 @@ def joined(coordinator: str | None, count: int | None, index: int | None) -> Ite
             raise
         sys.exit(Stopped.exit_code)
     except BaseException as error:
-        if isinstance(error, Exception) and expected(error) is None and GONE.search(str(error)):
-            ended = RunError(f"another process of this run is gone; {GO_ON} ({str(error).splitlines()[0][:200]})")
-            _fail(ending, client, ended)
-            raise ended from error
+        if gone := _of_another(error):
+            error = RunError(f"another process of this run is gone; {GO_ON} ({_first_line(gone)})")
         _fail(ending, client, error)
-        raise
+        raise error
     _leave_together(ending)
 
 
@@ -149,12 +151,11 @@ def _join(coordinator: str | None, count: int | None, index: int | None) -> Any:
             **how,
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=LEAVE_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
         where = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or "the cluster that was found"
         raise UserError(
-            f"cannot join the other processes by {where} ({str(error).strip().splitlines()[0][:200]}): give each "
+            f"cannot join the other processes by {where} ({_first_line(error)}): give each "
             "--coordinator HOST:PORT of process 0, --num_processes and --process_id"
         ) from error
     return global_state.client
@@ -181,31 +182,64 @@ def _leave_together(ending: threading.Lock) -> None:
 
 
 def _fail(ending: threading.Lock, client: Any, error: BaseException) -> None:
-    """Tells the others what went wrong here, and waits until they heard it: the first process is who passes it on."""
+    """Tells the others what went wrong here."""
     ending.acquire()
     known = expected(error) if isinstance(error, Exception) else None
-    code = known.exit_code if known else RunError.exit_code
-    message = " ".join(str(known or f"{type(error).__name__}: {error}").split())
-    with contextlib.suppress(Exception):  # whom it would tell may be gone
-        client.key_value_set(f"{FAILED}{jax.process_index()}", json.dumps([code, message]))
-        jax.distributed.shutdown()
+    code = known.exit_code if known else INTERRUPTED if isinstance(error, KeyboardInterrupt) else RunError.exit_code
+    _tell(client, jax.process_index(), code, str(known or f"{type(error).__name__} {error}"))
+    _linger()
+    atexit.register(os._exit, code)  # before jax's own end, which would wait for the others
 
 
 def _watch(ending: threading.Lock, client: Any) -> None:
-    """Ends this process when another one has failed; a thread, for the main one may wait for that one for ever."""
-    pause = threading.Event()
-    while not pause.wait(1):
+    """Ends this process when another one failed or is gone; a thread, for the main one may wait for that for ever."""
+    pulses: dict[str, tuple[str, float]] = {}  # of each process: what it said last, and when it was heard first
+    for beat in itertools.count():
+        time.sleep(PAUSE_SECONDS)
         try:
+            client.key_value_set(f"{ALIVE}{jax.process_index()}", str(beat), allow_overwrite=True)
+            if is_first():
+                _tell_who_is_gone(client, pulses)
             failed = client.key_value_dir_get(FAILED)
-        except Exception as error:
-            failed = [(FAILED + "0", json.dumps([1, f"it does not answer any more ({error})"]))]
-        if not failed:
-            continue
-        if not ending.acquire(blocking=False):
-            return
+        except Exception as error:  # jax mostly ends the process first
+            failed = [(f"{FAILED}0", json.dumps([RunError.exit_code, f"it does not answer ({_first_line(error)})"]))]
+        if failed:
+            break
+    if ending.acquire(blocking=False):
         key, value = failed[0]
         code, message = json.loads(value)
         print(f"error: process {key.removeprefix(FAILED)} ended: {message}", file=sys.stderr, flush=True)
-        with contextlib.suppress(Exception):
-            jax.distributed.shutdown()
+        _linger()
         os._exit(code)
+
+
+def _of_another(error: BaseException | None) -> BaseException | None:
+    """What devices or jax say of another process that is gone, where that led to `error`."""
+    while error is not None and not (isinstance(error, RuntimeError | ValueError) and GONE.search(str(error))):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _tell_who_is_gone(client: Any, pulses: dict[str, tuple[str, float]]) -> None:
+    now = time.monotonic()
+    for key, beat in client.key_value_dir_get(ALIVE):
+        if pulses.get(key, ("", 0.0))[0] != beat:
+            pulses[key] = beat, now
+        elif now - pulses[key][1] > SILENT_SECONDS:
+            gone = key.removeprefix(ALIVE)
+            _tell(client, gone, RunError.exit_code, f"it was not heard of for {SILENT_SECONDS} seconds; {GO_ON}")
+
+
+def _tell(client: Any, process: int | str, code: int, message: str) -> None:
+    with contextlib.suppress(Exception):  # it is told already, or who would hear it is gone
+        client.key_value_set(f"{FAILED}{process}", json.dumps([code, " ".join(message.split())]))
+
+
+def _linger() -> None:
+    """The others hear of everything through the first process."""
+    if is_first():
+        time.sleep(3 * PAUSE_SECONDS)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
