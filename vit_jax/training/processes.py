@@ -62,13 +62,15 @@ def joined(coordinator: str | None, count: int | None, index: int | None) -> Ite
         yield
         return
     ending = threading.Lock()  # whoever holds it ends this process
-    threading.Thread(target=_watch, args=(ending, client), daemon=True).start()
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(ending, over, client), daemon=True)
+    watch.start()
     silent = contextlib.nullcontext() if is_first() else contextlib.redirect_stdout(open(os.devnull, "w"))
     try:
         with silent:
             yield
     except Stopped:
-        _leave_together(ending)
+        _leave_together(ending, over, watch)
         if is_first():
             raise
         sys.exit(Stopped.exit_code)
@@ -77,7 +79,7 @@ def joined(coordinator: str | None, count: int | None, index: int | None) -> Ite
             error = RunError(f"another process of this run is gone; {GO_ON} ({_first_line(gone)})")
         _fail(ending, client, error)
         raise error
-    _leave_together(ending)
+    _leave_together(ending, over, watch)
 
 
 @contextlib.contextmanager
@@ -174,10 +176,12 @@ def _check(coordinator: str, count: int | None, index: int | None) -> None:
 # Ending
 
 
-def _leave_together(ending: threading.Lock) -> None:
+def _leave_together(ending: threading.Lock, over: threading.Event, watch: threading.Thread) -> None:
     """Waits for all, then lets go of them."""
     wait("end")
     ending.acquire()
+    over.set()
+    watch.join()  # as Python ends, a thread that is within the client would abort the process
     jax.distributed.shutdown()
 
 
@@ -188,14 +192,16 @@ def _fail(ending: threading.Lock, client: Any, error: BaseException) -> None:
     code = known.exit_code if known else INTERRUPTED if isinstance(error, KeyboardInterrupt) else RunError.exit_code
     _tell(client, jax.process_index(), code, str(known or f"{type(error).__name__} {error}"))
     _linger()
-    atexit.register(os._exit, code)  # before jax's own end, which would wait for the others
+    atexit.register(_exit, code)  # before jax's own end, which would wait for the others
 
 
-def _watch(ending: threading.Lock, client: Any) -> None:
+def _watch(ending: threading.Lock, over: threading.Event, client: Any) -> None:
     """Ends this process when another one failed or is gone; a thread, for the main one may wait for that for ever."""
     pulses: dict[str, tuple[str, float]] = {}  # of each process: what it said last, and when it was heard first
+    failed: list[tuple[str, str]] = []
     for beat in itertools.count():
-        time.sleep(PAUSE_SECONDS)
+        if failed or over.wait(PAUSE_SECONDS):
+            break
         try:
             client.key_value_set(f"{ALIVE}{jax.process_index()}", str(beat), allow_overwrite=True)
             if is_first():
@@ -203,14 +209,12 @@ def _watch(ending: threading.Lock, client: Any) -> None:
             failed = client.key_value_dir_get(FAILED)
         except Exception as error:  # jax mostly ends the process first
             failed = [(f"{FAILED}0", json.dumps([RunError.exit_code, f"it does not answer ({_first_line(error)})"]))]
-        if failed:
-            break
-    if ending.acquire(blocking=False):
+    if failed and ending.acquire(blocking=False):
         key, value = failed[0]
         code, message = json.loads(value)
         print(f"error: process {key.removeprefix(FAILED)} ended: {message}", file=sys.stderr, flush=True)
         _linger()
-        os._exit(code)
+        _exit(code)
 
 
 def _of_another(error: BaseException | None) -> BaseException | None:
@@ -233,6 +237,11 @@ def _tell_who_is_gone(client: Any, pulses: dict[str, tuple[str, float]]) -> None
 def _tell(client: Any, process: int | str, code: int, message: str) -> None:
     with contextlib.suppress(Exception):  # it is told already, or who would hear it is gone
         client.key_value_set(f"{FAILED}{process}", json.dumps([code, " ".join(message.split())]))
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _linger() -> None:
