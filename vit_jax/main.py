@@ -15,6 +15,10 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="what to train, and how (needed)")
     parser.add_argument("--workdir", type=pathlib.Path, help="the run's folder (default: runs/<config name>)")
+    processes = parser.add_argument_group("several processes", "see the README; without these flags there is one")
+    processes.add_argument("--coordinator", metavar="HOST:PORT|auto", help="process 0; or: ask the cluster")
+    processes.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+    processes.add_argument("--process_id", type=int, metavar="I", help="which one this is, 0 to N - 1")
     args, rest = parser.parse_known_args(arguments)
     overrides = command_line.overrides_in(rest)
     if args.config is None:
@@ -23,9 +27,11 @@ def main(arguments: list[str]) -> None:
     workdir = args.workdir or pathlib.Path("runs") / name
 
     from vit_jax.training import loop  # after the config is known to be right: it takes seconds
+    from vit_jax.training.processes import joined
 
-    summary = loop.train(config, workdir, shlex.join(["python", "-m", "vit_jax.main", *arguments]))
-    print(f"test accuracy {summary['test_accuracy']:.2%} ({summary['protocol']}); results in {workdir}")
+    with joined(args.coordinator, args.num_processes, args.process_id):
+        summary = loop.train(config, workdir, shlex.join(["python", "-m", "vit_jax.main", *arguments]))
+        print(f"test accuracy {summary['test_accuracy']:.2%} ({summary['protocol']}); results in {workdir}")
 
 
 if __name__ == "__main__":

@@ -183,7 +183,7 @@ def fit(
     _check(source, arrays, wanted, resample_patches)
     notes += _check_heads(source, wanted)
 
-    params = {}
+    params: dict[str, jax.Array] = {}
     for name, leaf in wanted.items():
         array = arrays[name].read()
         if name == POSITIONS:
@@ -192,7 +192,8 @@ def fit(
         elif name == "embedding/kernel" and array.shape != leaf.shape:
             notes.append(f"patches resampled from {array.shape[0]} to {leaf.shape[0]} pixels")
             array = resampled_patches(array, leaf.shape[:2])
-        params[name] = jax.device_put(array.reshape(leaf.shape), leaf.sharding)
+        array = array.reshape(leaf.shape)
+        params[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, array.__getitem__)
     if not params:
         raise UserError(f"init.skip leaves nothing of {source.name} to start from: take some of it away")
     if new := sorted(like.keys() - params.keys() - set(HEAD)):

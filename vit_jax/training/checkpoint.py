@@ -18,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_pol
 
 from vit_jax import errors
 from vit_jax.errors import UserError
+from vit_jax.training import processes
 from vit_jax.training.step import TrainState
 from vit_jax.training.writers import write_json
 
@@ -34,6 +35,8 @@ class Damaged(UserError):
 class Checkpoints:
     """The checkpoints of one workdir. Writing is atomic and in the background; `close` waits for it.
 
+    All processes of a run write together, and each reads by itself where it is `read_only`.
+
     A checkpoint may carry a score (the held-out accuracy); the latest `keep` ones and the best one are kept. Each holds
     the checksums of its files, for the library does not notice every damaged file.
     """
@@ -41,6 +44,11 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int = 2, read_only: bool = False):
         absl.logging.set_verbosity(absl.logging.FATAL)  # orbax warns of ordinary doings, and prints what it raises
         self.folder = workdir / "checkpoints"
+        self._writes = not read_only and processes.is_first()  # what is beside orbax's own
+        alone = jax.process_index()
+        together = ocp.options.MultiprocessingOptions()
+        if read_only:
+            together = ocp.options.MultiprocessingOptions(alone, {alone}, barrier_sync_key_prefix=f"reader{alone}")
         best = keep_policy.BestN(get_metric_fn=_rank, n=1)
         policy = keep_policy.AnyPreservationPolicy(policies=[keep_policy.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
@@ -50,10 +58,10 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up_before_commit),
+            multiprocessing_options=together,
         )
         handlers = {name: ocp.StandardCheckpointHandler() for name in ITEMS}
         self._manager = _Manager(self.folder.absolute(), options=options, item_handlers=handlers)
-        self._read_only = read_only
         self._told = sys.unraisablehook
         if not read_only:
             sys.unraisablehook = _without_echoes
@@ -83,10 +91,12 @@ class Checkpoints:
         """
         step, state, damaged = self._newest(lambda step: self.restore(step, like))
         for bad, error in damaged.items():
-            aside = _free(self.folder / f"{bad}.damaged")
-            (self.folder / str(bad)).rename(aside)
-            print(f"warning: {error}; moved to {aside.name}, going on from step {step}", file=sys.stderr)
+            if self._writes:
+                aside = _free(self.folder / f"{bad}.damaged")
+                (self.folder / str(bad)).rename(aside)
+                print(f"warning: {error}; moved to {aside.name}, going on from step {step}", file=sys.stderr)
         if damaged:
+            processes.wait("damaged")
             self._manager.reload()
         return state, self.seconds(step)
 
@@ -179,7 +189,7 @@ class Checkpoints:
         Raises:
           UserError: it cannot be read.
         """
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         shapes = {
             tuple(path.split("/")): jax.ShapeDtypeStruct(shape, np.float32, sharding=here)
             for path, shape in self.shapes(step, name).items()
@@ -194,10 +204,11 @@ class Checkpoints:
         except Exception:
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each array that was not written
             raise
-        if not self._read_only:
+        if self._writes:
             for step in self.steps():
                 folder = self.folder / str(step)
-                _sum_up(folder, _files(folder))
+                if folder.exists():  # it is not where writing failed
+                    _sum_up(folder, _files(folder))
 
     def close(self) -> None:
         try:
@@ -211,7 +222,7 @@ class Checkpoints:
 
         In orbax's thread, once a checkpoint is complete and before it gets its name: there is none without checksums.
         """
-        for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
+        for folder in self.folder.glob("*.orbax-checkpoint-tmp*") if self._writes else ():
             _sum_up(folder, [path for path in _files(folder) if path.parent != folder])
 
     def check(self, step: int) -> None:

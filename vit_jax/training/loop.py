@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import shlex
 import statistics
@@ -16,9 +17,10 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from vit_jax.analysis.metrics import peak_flops, summarize, training_flops
+from vit_jax.config import to_dict
 from vit_jax.data.load import Split, Splits
 from vit_jax.errors import RunError, Stopped, UserError, out_of_memory
-from vit_jax.training import drawings, reporting, setup, starting
+from vit_jax.training import drawings, processes, reporting, setup, starting
 from vit_jax.training import mesh as meshes
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
@@ -58,7 +60,7 @@ class Run:
     checkpoints: Checkpoints
     metrics: Metrics
     tracking: Tracking
-    lock: Lock
+    lock: Lock | None
     signals: Signals
 
     def epochs(self, steps: int) -> float:
@@ -89,6 +91,7 @@ def _train(
 ) -> dict[str, Any]:
     """`train`; what is opened for all of it is closed by `stack`."""
     config = runs.same_run(setup.resolve_model(config), workdir)
+    processes.check_same("config or workdir", [to_dict(config), runs.contents(workdir)])
     if (summary := runs.read_summary(workdir)) is not None:
         print(f"the run in {workdir} is finished: nothing to do")
         return summary
@@ -96,8 +99,10 @@ def _train(
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.model)
     if new := not runs.has_checkpoints(workdir):
         config = starting.resolve(config)
-    splits = setup.load_data(config)
+    with processes.first_goes_first("data"):
+        splits = setup.load_data(config)
     config = runs.same_run(setup.resolve_data(config, splits.train, mesh), workdir)
+    processes.check_same("data set", [to_dict(config)["data"], splits.train.labels.tolist()])
     plan, notes = setup.make_plan(config, len(splits.train.labels))
     class_names = splits.train.class_names
     classifier = setup.make_classifier(config, len(class_names), mesh)
@@ -109,7 +114,7 @@ def _train(
         initial, origin = starting.weights(config, classifier, class_names)
         notes += origin
 
-    lock = stack.enter_context(contextlib.closing(Lock(workdir)))
+    lock = stack.enter_context(contextlib.closing(Lock(workdir))) if processes.is_first() else None
     if runs.has_checkpoints(workdir) == new or runs.read_summary(workdir):
         raise UserError(f"another process trained in {workdir} meanwhile: run the same command again")
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)))
@@ -130,11 +135,12 @@ def _train(
     dispatch = Dispatcher(task, state, splits.train, config.train.batch_size, placement)
     if not config.train.steps_per_call:
         config.train.steps_per_call = dispatch.choose_steps_per_call(state, step)
-    runs.write_config(workdir, config, splits.train.class_names, command)
+    if processes.is_first():
+        runs.write_config(workdir, config, splits.train.class_names, command)
     print(f"compiled in {dispatch.compile_seconds:.1f} s; {config.train.steps_per_call} steps a dispatch", flush=True)
 
     evaluate = setup.make_evaluator(config, classifier, splits.watched)
-    metrics = stack.enter_context(contextlib.closing(Metrics(workdir, step)))
+    metrics = stack.enter_context(contextlib.closing(Metrics(workdir, step, writes=processes.is_first())))
     if lost := plan.evaluations_until(step) - {row["step"] for row in metrics.rows}:
         raise UserError(f"{metrics.path} has lost the row of step {min(lost)}: restore it, or give another --workdir")
     parts = (plan, rules, classifier, schedule, dispatch, evaluate, checkpoints, metrics, tracking, lock, signals)
@@ -155,14 +161,15 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
     step, batch_size = int(state.step), config.train.batch_size
     done = jax.device_get(state.progress)  # the state itself is given away
     clock = Clock(seconds)
-    progress = Progress(step, plan.total, batch_size)
+    progress = Progress(step, plan.total, batch_size, None if processes.is_first() else open(os.devnull, "w"))
+    vote = processes.Vote()
     with contextlib.closing(progress):
         while step < plan.total and not metrics.patience_is_over(config.train.patience):
             stop = plan.next_stop(step, config.train.steps_per_call)
             clock.count(stop - step)
             before, (state, done) = done, run.dispatch(state, step, stop)
             step = stop
-            stopping = run.signals.stop()
+            stopping = vote(run.signals.stop())  # in all processes at the same step
             pause = stopping or step in plan.evaluations or step in plan.checkpoints
             # Without a pause, look at the dispatch before: to wait for this one would idle the device.
             seen = done if pause else before
@@ -172,14 +179,15 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
                 continue
 
             clock.stop()
-            run.lock.check()
+            if run.lock is not None:
+                run.lock.check()
             evaluated = step in plan.evaluations
             if evaluated:
                 row = _row(run, done) | clock.rate(batch_size) | _validate(run, state)
                 metrics.add(row)
                 run.tracking.add(row)
                 progress.say(_describe(row, plan.total))
-                state = dataclasses.replace(state, sums=jax.device_put(zero_sums(), state.sums["loss"].sharding))
+                state = dataclasses.replace(state, sums=meshes.place(zero_sums(), run.classifier.mesh))
                 done = jax.device_get(state.progress)
             best = run.selects and evaluated and best_row(metrics.rows)["step"] == step
             if stopping or best or step in plan.checkpoints:
@@ -337,9 +345,10 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "protocol": setup.protocol(run.config, run.splits),
     }
     _draw_curves(run)
-    _report(run.workdir, results, summary)
-    run.tracking.finish(summary)
-    write_json(run.workdir / "summary.json", summary)
+    if processes.is_first():
+        _report(run.workdir, results, summary)
+        run.tracking.finish(summary)
+        write_json(run.workdir / "summary.json", summary)
     return summary
 
 
@@ -353,7 +362,7 @@ def _report(workdir: pathlib.Path, results: Mapping[str, np.ndarray], summary: M
 
 
 def _draw_curves(run: Run) -> None:
-    if run.metrics.rows:
+    if run.metrics.rows and processes.is_first():
         drawings.curves(drawings.Subject(run.workdir))
 
 

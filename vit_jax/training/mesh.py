@@ -49,20 +49,27 @@ def cache_folder() -> pathlib.Path:
 def make_mesh(data: int, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of `data` x `model` devices (data of -1: as many as there are) along the axes "data" and "model".
 
+    Args:
+      devices: to choose from; None: those of all processes, each of which must have one in the mesh.
+
     Raises:
       UserError: there are not as many devices.
     """
+    everywhere = devices is None
     devices = jax.devices() if devices is None else devices
     there = f"there are {len(devices)} devices ({devices[0].device_kind})"
     if data == -1:
         if len(devices) % model:
             raise UserError(f"mesh.model={model} does not divide what is there: {there}")
         data = len(devices) // model
+    asked = f"mesh.data={data}" + (f", mesh.model={model}" if model > 1 else "")
     if data * model > len(devices):
-        of = f", mesh.model={model}" if model > 1 else ""
-        raise UserError(f"mesh.data={data}{of}, but {there}")
+        raise UserError(f"{asked}, but {there}")
+    devices = devices[: data * model]
+    if everywhere and len({device.process_index for device in devices}) < jax.process_count():
+        raise UserError(f"{asked} leaves processes without a device: {there}")
     axes = AxisType.Auto, AxisType.Auto
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=axes, devices=devices[: data * model])
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=axes, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -110,9 +117,15 @@ def constrained(tree: Any, mesh: Mesh, fsdp: bool = False) -> Any:
     return lax.with_sharding_constraint(tree, shardings(tree, mesh, fsdp))
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
-    """Puts host arrays on the devices, replicated."""
-    return jax.device_put(jax.tree.map(np.asarray, tree), replicated(mesh))
+def place(tree: Any, mesh: Mesh, sharding: NamedSharding | None = None) -> Any:
+    """Puts host arrays, the same in all processes, on the devices: replicated, or as `sharding` says."""
+    where = sharding or replicated(mesh)
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
 
 
 def own_rows(batch_size: int, mesh: Mesh) -> slice:
@@ -147,4 +160,4 @@ def place_examples(tree: Any, mesh: Mesh) -> Any:
         missing = -len(x) % mesh.shape["data"]
         return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else np.asarray(x)
 
-    return jax.device_put(jax.tree.map(shared, tree), batch_sharded(mesh))
+    return place(jax.tree.map(shared, tree), mesh, batch_sharded(mesh))

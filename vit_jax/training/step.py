@@ -344,7 +344,7 @@ def make_features(probe: Probe) -> jax.stages.Wrapped:
         images = lax.with_sharding_constraint(images, sharded)
         return probe.features(meshes.constrained(params, probe.mesh), images)
 
-    return jax.jit(features, out_shardings=sharded)
+    return jax.jit(features, out_shardings=meshes.replicated(probe.mesh))
 
 
 def make_evaluate(classifier: Classifier, batch_size: int) -> jax.stages.Wrapped:

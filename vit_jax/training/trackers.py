@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.config import FIELDS, get, tracker_names
 from vit_jax.errors import UserError
+from vit_jax.training import processes
 from vit_jax.training import workdir as runs
 from vit_jax.training.writers import COLUMNS, Row, write_json
 
@@ -194,7 +195,7 @@ class Tracking:
         self._workdir, self._done = workdir, False
         self._path = workdir / "trackers.json"
         self._open: dict[str, Tracker] = {}
-        names = tracker_names(config.train.trackers)
+        names = tracker_names(config.train.trackers) if processes.is_first() else []
         # Records of a start that came to nothing, perhaps with another config, are not gone on with.
         self._records = _read(self._path) if names and (workdir / "config.json").exists() else {}
         libraries = {name: _library(name, kinds[name][0]) for name in names}

@@ -96,7 +96,8 @@ def open_run(
     config, class_names = runs.read_config(workdir)
     if data_dir is not None:
         config.data.dir = data_dir
-    classifier = setup.make_classifier(config, len(class_names), meshes.make_mesh(*_devices(config)))
+    mesh = meshes.make_mesh(*_devices(config), jax.local_devices())
+    classifier = setup.make_classifier(config, len(class_names), mesh)
     params, step, kind = runs.load_weights(workdir, classifier, checkpoint, weights)
     return Trained(workdir, config, class_names, classifier, params, step, kind)
 
@@ -122,7 +123,7 @@ def open_weights(config: ConfigDict, workdir: pathlib.Path) -> tuple[Trained, li
 
 def _devices(config: ConfigDict) -> tuple[int, int]:
     """The mesh that the run was measured on; here, where there are fewer devices, one that can share its batches."""
-    here = len(jax.devices())
+    here = jax.local_device_count()
     model = config.mesh.model if config.mesh.model <= here else 1
     wanted = here // model if config.mesh.data == -1 else min(config.mesh.data, here // model)
     return math.gcd(wanted, setup.evaluation_size(config)), model

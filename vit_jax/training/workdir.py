@@ -62,6 +62,11 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
+def contents(workdir: pathlib.Path) -> list[str]:
+    """What a run that begins finds in its folder, as all of its processes must."""
+    return sorted(str(p.relative_to(workdir)) for pattern in ("*.json", "checkpoints/*") for p in workdir.glob(pattern))
+
+
 def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:
     """What a finished run reported; None where it is not finished."""
     path = workdir / "summary.json"

@@ -64,19 +64,27 @@ class Metrics:
 
     The file is the run's memory of its evaluations: after a resume from `step`, the rows after it, which will come
     again, are taken out.
+
+    Args:
+      writes: False where another process of the same run writes the same rows: they are only kept here.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int):
-        from tensorboardX import SummaryWriter  # it imports torch where that is installed: seconds, for training alone
-
+    def __init__(self, workdir: pathlib.Path, step: int, writes: bool = True):
         self.path = workdir / "metrics.csv"
         self.rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        self._events = None
+        if not writes:
+            return
+        from tensorboardX import SummaryWriter  # it imports torch where that is installed: seconds, for training alone
+
         lines = [",".join(COLUMNS), *(",".join(_cell(row[c]) for c in COLUMNS) for row in self.rows)]
         write_text(self.path, "\n".join(lines) + "\n")
         self._events = SummaryWriter(str(workdir), purge_step=step + 1)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
+        if self._events is None:
+            return
         with self.path.open("a") as file:
             file.write(",".join(_cell(row[c]) for c in COLUMNS) + "\n")
         for name in COLUMNS[2:]:
@@ -91,7 +99,8 @@ class Metrics:
         return len(self.rows) - 1 - self.rows.index(best_row(self.rows)) >= patience
 
     def close(self) -> None:
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def score(row: Row) -> float:

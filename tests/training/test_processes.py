@@ -1,0 +1,106 @@
+"""Several processes on this machine: they train as one does, end together, and go on together."""
+
+import csv
+import json
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax.errors import UserError
+from vit_jax.training import processes
+from vit_jax.training import workdir as runs
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def start(commands, workdir, *fields):
+    """One process for each of `fields`, on a free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = ["--coordinator", f"localhost:{free.getsockname()[1]}", "--num_processes", len(fields)]
+    calls = [commands.training(workdir, **own) for own in fields]
+    return [commands.popen("main", *call, *where, "--process_id", i) for i, call in enumerate(calls)]
+
+
+def numbers(workdir):
+    with (workdir / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    timed = ("images_per_second", "seconds")
+    return {(row["step"], name): float(x) for row in rows for name, x in row.items() if name not in timed and x}
+
+
+def test_two_that_are_killed_and_go_on_give_the_numbers_of_one(finished, commands, tmp_path):
+    first, second = start(commands, tmp_path, *2 * [{"checkpoint__every": 0.1}])
+    while not (line := first.stderr.readline()).startswith("step 9/24"):
+        assert line, first.communicate()
+    second.kill()
+    _, said = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 1 and re.search("error: .*goes on from the last checkpoint", said), said
+    assert not (tmp_path / "summary.json").exists()
+
+    config, *rest = map(str, commands.training(tmp_path)[1:])
+    together = subprocess.run(
+        ["launch/local.sh", "2", config, *rest],
+        cwd=ROOT,
+        env=commands.environment | {"PYTHON": sys.executable},
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert together.returncode == 0, together.stderr
+    assert len(re.findall(r"going on from step [1-9]", together.stdout)) == 1  # one writes
+    assert together.stderr.count("step 24/24") == 1
+    assert numbers(tmp_path) == pytest.approx(numbers(finished), rel=1e-5)
+    summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (finished, tmp_path)]
+    assert summaries[0]["test_loss"] == pytest.approx(summaries[1]["test_loss"], rel=1e-5)
+    assert len(list(tmp_path.glob("events*"))) == 2 and (tmp_path / "report.html").exists()
+    (_, read_one), (_, read_two) = map(runs.last_weights, (finished, tmp_path))
+    one, two = read_one(), read_two()
+    assert one.keys() == two.keys() and len(one) > 20
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_what_is_wrong_in_one_ends_all_and_nothing_is_written(commands, tmp_path):
+    workdir = tmp_path / "run"
+    for index, process in enumerate(start(commands, workdir, {}, {"train__seed": 1})):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and "Traceback" not in err, err
+        about = "error: process 1 ended: process 1 has another" if index == 0 else "error: process 1 has another"
+        assert len(re.findall(f"^{about} config or workdir than process 0", err, re.MULTILINE)) == 1, err
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("node1", 2, 0), "not HOST:PORT"),
+        (("node1:0", 2, 0), "not HOST:PORT"),
+        (("node1:99999", 2, 0), "not HOST:PORT"),
+        (("node1:1234", None, 0), "needs --num_processes and --process_id"),
+        (("node1:1234", 2, 2), "--process_id 2 of --num_processes 2"),
+        (("node1:1234", 2, -1), "--process_id -1"),
+        ((None, 2, None), "for a --coordinator"),
+        (("auto", 2, 0), "for a --coordinator"),
+    ],
+)
+def test_arguments_that_do_not_fit_together(arguments, said):
+    with pytest.raises(UserError, match=said), processes.joined(*arguments):
+        pass
+
+
+def test_without_others_there_is_nothing_to_agree_on(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    with processes.joined(None, None, None):
+        assert not jax.distributed.is_initialized() and processes.is_first()
+        vote = processes.Vote()
+        assert [vote(mine) for mine in (False, True, False)] == [False, True, False]
+        assert processes.of_first(2.5) == 2.5
+        processes.check_same("config", [1, "a"])
