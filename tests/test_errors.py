@@ -22,6 +22,12 @@ def test_expected_errors_pass_through():
         (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), 1, "no space left"),
         (ValueError("UNKNOWN: write failed: No space left on device [tensorstore]"), 1, "no space left"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes"), 1, "train.batch_size"),
+        (
+            RuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 9 bytes."),
+            1,
+            "train.batch_size",
+        ),
+        (ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device"), 1, "no space left"),
         (MemoryError(), 1, "train.batch_size"),
     ],
 )

@@ -91,5 +91,9 @@ def expected(error: Exception) -> UserError | RunError | Stopped | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether the host or a device had too little memory."""
-    exhausted = "RESOURCE_EXHAUSTED" in str(error) and DISK_FULL not in str(error)  # XLA's word, and tensorstore's
-    return exhausted or isinstance(error, MemoryError)
+    message = str(error)
+    if DISK_FULL in message:  # tensorstore, too, says that it is exhausted
+        return False
+    return (
+        isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message
+    )  # XLA's words

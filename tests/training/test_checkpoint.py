@@ -57,6 +57,16 @@ def test_the_latest_ones_and_the_best_are_kept(checkpoints):
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["2", "5", "6"]
 
 
+def test_what_a_killed_deletion_left_is_deleted_later(two, tmp_path):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    for item in ("metrics", "params"):
+        shutil.rmtree(tmp_path / "checkpoints" / "2" / item)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        assert checkpoints.restore_newest(state_of(0))[0].step == checkpoints.best_step() == 4
+        saved(checkpoints, 6, 8, scores={6: 0.1, 8: 0.1})
+        assert checkpoints.steps() == [4, 6, 8]
+
+
 def test_without_scores_there_is_no_best(checkpoints):
     saved(checkpoints, 1, 2, 3)
     assert checkpoints.steps() == [2, 3] and checkpoints.best_step() is None

@@ -49,7 +49,8 @@ class Checkpoints:
         together = ocp.options.MultiprocessingOptions()
         if read_only:
             together = ocp.options.MultiprocessingOptions(alone, {alone}, barrier_sync_key_prefix=f"reader{alone}")
-        best = keep_policy.BestN(get_metric_fn=_rank, n=1)
+        # Without metrics is what is left of a checkpoint whose deletion was killed.
+        best = keep_policy.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
         policy = keep_policy.AnyPreservationPolicy(policies=[keep_policy.LatestN(n=keep), best])
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
@@ -66,6 +67,7 @@ class Checkpoints:
         if not read_only:
             sys.unraisablehook = _without_echoes
         self._verified: set[int] = set()
+        self._summed_up: set[int] = set()
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -108,7 +110,7 @@ class Checkpoints:
                 return step, read(step), damaged
             except Damaged as error:
                 damaged[step] = error
-        reasons = "; ".join(map(str, damaged.values()))
+        reasons = "; ".join(map(str, damaged.values())) or "none was finished"
         raise UserError(
             f"no whole checkpoint in {self.folder} ({reasons}): move that folder away to begin again, or give another "
             "--workdir"
@@ -125,7 +127,7 @@ class Checkpoints:
           UserError: a score cannot be read.
         """
         for step in self.steps():
-            if self._manager.metrics(step) is None:
+            if self._manager.metrics(step) is None and (self.folder / str(step) / "metrics" / "metrics").exists():
                 self.check(step)
         metrics = [found for step in self.steps() if (found := self._manager.metrics(step))]
         scored = [m for m in metrics if m["score"] is not None]
@@ -205,10 +207,11 @@ class Checkpoints:
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it tells of each array that was not written
             raise
         if self._writes:
-            for step in self.steps():
+            for step in set(self.steps()) - self._summed_up:
                 folder = self.folder / str(step)
                 if folder.exists():  # it is not where writing failed
                     _sum_up(folder, _files(folder))
+                    self._summed_up.add(step)
 
     def close(self) -> None:
         try:
@@ -252,7 +255,9 @@ class Checkpoints:
         message = f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {reason})"
         if step not in self._verified:
             return Damaged(message)
-        return UserError(f"{message}: its files are as they were written, perhaps by another version of vit_jax")
+        return UserError(
+            f"{message}: its files are as they were written, so perhaps by another version: give another --workdir"
+        )
 
 
 def _without_echoes(unraisable: Any) -> None:
@@ -302,7 +307,7 @@ def _free(path: pathlib.Path) -> pathlib.Path:
 
 
 def _sha256(path: pathlib.Path) -> str:
-    """ "" where there is no such file, or none that can be read."""
+    """Empty where there is no such file, or none that can be read."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
