@@ -166,7 +166,8 @@ def test_the_manifest_is_what_kubernetes_and_jobset_take(kind):
 
 
 def slurm_runs():
-    return shutil.which("sbatch") and subprocess.run(["sinfo"], capture_output=True).returncode == 0
+    """With a configuration that was named: nobody's real cluster gets jobs from tests."""
+    return "SLURM_CONF" in os.environ and subprocess.run(["sinfo"], capture_output=True).returncode == 0
 
 
 def numbers(workdir):

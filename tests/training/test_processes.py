@@ -65,7 +65,8 @@ def test_two_that_are_killed_and_go_on_give_the_numbers_of_one(finished, command
     one, two = read_one(), read_two()
     assert one.keys() == two.keys() and len(one) > 20
     for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+        if not name.endswith("key/bias"):  # whose gradient is 0, but for rounding
+            np.testing.assert_allclose(two[name], one[name], rtol=0, atol=5e-6, err_msg=name)
 
 
 def test_what_is_wrong_in_one_ends_all_and_nothing_is_written(commands, tmp_path):
@@ -94,6 +95,21 @@ def test_what_is_wrong_in_one_ends_all_and_nothing_is_written(commands, tmp_path
 def test_arguments_that_do_not_fit_together(arguments, said):
     with pytest.raises(UserError, match=said), processes.joined(*arguments):
         pass
+
+
+def test_a_port_that_is_taken_and_others_that_do_not_come(commands):
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match="is in use here"), processes.joined(address, 2, 0):
+            pass
+    code = "from vit_jax.training import processes; processes.JOIN_SECONDS = 1; " + (
+        f"processes.joined('{address}', 2, 1).__enter__()"
+    )
+    call = [sys.executable, "-c", code]
+    late = subprocess.run(call, env=commands.environment, cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert late.returncode == 2 and late.stderr == (
+        f"error: not all processes met at {address} within 1 seconds: start all\n"
+    )
 
 
 def test_without_others_there_is_nothing_to_agree_on(monkeypatch):

@@ -173,7 +173,8 @@ def featured(probe: Probe, params: Any, split: Split, batch_size: int) -> Split:
     images, _ = padded(split.images, split.labels, batch_size)
     found = []
     pace = 0.1 if sys.stderr.isatty() else 10  # seconds between looks at it: in a log each is a line
-    with tqdm(total=len(split.labels), desc="features", unit=" pictures", mininterval=pace, file=sys.stderr) as bar:
+    shown = {"mininterval": pace, "file": sys.stderr, "disable": not processes.is_first()}
+    with tqdm(total=len(split.labels), desc="features", unit=" pictures", **shown) as bar:
         for start in range(0, len(images), batch_size):
             batch = meshes.place(images[start : start + batch_size], probe.mesh, meshes.batch_sharded(probe.mesh))
             found.append(jax.device_get(program(params, batch)))

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -148,18 +149,22 @@ def _join(coordinator: str | None, count: int | None, index: int | None) -> Any:
     elif coordinator is None and alone:
         return None
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
+    give_up = threading.Timer(JOIN_SECONDS, _give_up, (coordinator or "the cluster's coordinator",))
+    give_up.daemon = True
+    give_up.start()
     try:
         jax.distributed.initialize(
             **how,
-            initialization_timeout=JOIN_SECONDS,
+            initialization_timeout=2 * JOIN_SECONDS,  # then it aborts the process
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        where = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS") or "the cluster that was found"
         raise UserError(
-            f"cannot join the other processes by {where} ({_first_line(error)}): give each "
-            "--coordinator HOST:PORT of process 0, --num_processes and --process_id"
+            f"no other processes are found here ({_first_line(error)}): give each --coordinator HOST:PORT of process "
+            "0, --num_processes and --process_id"
         ) from error
+    finally:
+        give_up.cancel()
     return global_state.client
 
 
@@ -171,6 +176,18 @@ def _check(coordinator: str, count: int | None, index: int | None) -> None:
         raise UserError(f"--coordinator {coordinator} needs --num_processes and --process_id")
     if not 0 <= index < count:
         raise UserError(f"--process_id {index} of --num_processes {count}: it must be at least 0 and below that")
+    if index == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise UserError(
+                f"--coordinator {coordinator}: port {port} is in use here ({error.strerror}): choose another"
+            ) from error
+
+
+def _give_up(where: str) -> None:
+    print(f"error: not all processes met at {where} within {JOIN_SECONDS} seconds: start all", file=sys.stderr)
+    _exit(UserError.exit_code)
 
 
 # Ending
