@@ -1,0 +1,82 @@
+"""A config's training dispatch, compiled for TPUs that are not there: whether it fits, and what it will exchange."""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from vit_jax.data.load import SIDES, Split
+from vit_jax.errors import UserError
+from vit_jax.training import mesh as meshes
+from vit_jax.training import setup
+from vit_jax.training.step import TABLE_STEPS, abstract_state, make_train_steps, pick_resident
+
+# Training pictures and classes of the sets whose shape is known without having them.
+EXAMPLES = {"cifar10": (50_000, 10), "cifar100": (50_000, 100), "svhn": (73_257, 10), "tiny_imagenet": (100_000, 200)}
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
+    """Compiles the config's dispatch for the TPUs of a `topology`, as v5e:2x4, under its mesh. Needs libtpu, no TPU.
+
+    The pictures lie on the devices; weights of init.checkpoint are not read.
+
+    Returns:
+      devices; bytes_per_chip: state, pictures and what a step needs besides; flops_per_chip: of a step, as the compiler
+      counts them; collectives: how many of each kind the program has.
+
+    Raises:
+      UserError: there is no such topology or no libtpu, or the config does not fit it.
+    """
+    devices = _devices(topology)
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.model, devices)
+    train = _stand_in(config)
+    config = setup.resolve_data(setup.resolve_model(config), train, mesh)
+    config.data.resident = "always"
+    plan, _ = setup.make_plan(config, len(train.labels))
+    classifier = setup.make_classifier(config, len(train.class_names), mesh)
+    task, _ = setup.make_task(config, classifier, plan, setup.make_rules(config, classifier))
+    shared = setup.placement(config, train, mesh) == "shared"
+
+    def at(shape, dtype, where):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    each = meshes.replicated(mesh)
+    lying = meshes.batch_sharded(mesh) if shared else each
+    count = len(train.labels) + -len(train.labels) % mesh.shape["data"]
+    data = [at((count, *train.images.shape[1:]), np.uint8, lying), at((count,), np.int32, lying)]
+    data += [at((TABLE_STEPS, config.train.batch_size), np.int32, each)]
+    program = make_train_steps(task, classifier.image_size, pick_resident)
+    compiled = program.lower(abstract_state(task), at((), np.int32, each), *data).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    found = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
+    return {
+        "devices": f"{mesh.size} x {devices[0].device_kind}",
+        "bytes_per_chip": used - memory.alias_size_in_bytes,
+        "flops_per_chip": compiled.cost_analysis()["flops"],
+        "collectives": {name: number for name, number in found.items() if number},
+    }
+
+
+def _devices(topology: str) -> list[Any]:
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    except Exception as error:  # of the library, of its absence, or of the name
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"cannot compile for {topology} ({reason}): give a topology as v5e:2x4, and pip install 'vit_jax[tpu]'"
+        ) from error
+
+
+def _stand_in(config: ConfigDict) -> Split:
+    """Pictures with the shape of the config's training set and no memory."""
+    name = config.data.name
+    if name not in EXAMPLES:
+        return setup.load_data(config).train
+    (count, classes), side = EXAMPLES[name], SIDES[name]
+    images = np.broadcast_to(np.uint8(0), (count, side, side, 3))
+    return Split(images, np.zeros(count, np.int32), tuple(map(str, range(classes))), (0.5,) * 3, (0.25,) * 3)
