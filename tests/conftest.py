@@ -28,7 +28,8 @@ class Commands:
     """The project's commands, as a user types them in the repository's root."""
 
     def __init__(self, cache: pathlib.Path):
-        self.environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
+        cached = {"XDG_CACHE_HOME": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self.environment = os.environ | {"JAX_PLATFORMS": "cpu"} | cached
 
     def popen(self, name, *arguments, environment=None):
         call = [sys.executable, "-m", f"vit_jax.{name}", *map(str, arguments)]
@@ -66,7 +67,9 @@ class Commands:
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory):
-    return Commands(tmp_path_factory.mktemp("cache"))
+    base = tmp_path_factory.getbasetemp()
+    workers = "PYTEST_XDIST_WORKER" in os.environ  # which then share their parent's folder
+    return Commands((base.parent if workers else base) / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -49,13 +49,15 @@ def test_the_first_step_of_a_run_sees_them(repeats):
     state = step.init_state(task)
     params = jax.tree.map(np.array, state.params)  # copies: the state is given away
     size = config.train.batch_size
-    _, sums = dispatch.Dispatcher(task, state, train, size)(state, 0, 1)
+    _, done = dispatch.Dispatcher(task, state, train, size)(state, 0, 1)
 
     batch = BatchIndices(task.seed, len(train.labels), size, repeats)(0, 1)[0]
     pictures, shares = preview.views(task, train.images[batch], train.labels[batch], size)[0]
     logits = task.classifier.logits(params, pictures)
     targets = (1 - task.label_smoothing) * shares + task.label_smoothing / 10
-    assert float(sums["loss"]) / size == pytest.approx(float(step.cross_entropy(logits, targets).mean()), rel=1e-5)
+    assert float(done["sums"]["loss"]) / size == pytest.approx(
+        float(step.cross_entropy(logits, targets).mean()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -50,14 +50,18 @@ def test_a_run_is_opened_where_there_are_fewer_devices(run, monkeypatch):
     """A run of 8 devices on one; and 64 pictures at once on 3 devices, which cannot share them."""
     config = run.config.copy_and_resolve_references()
     config.mesh.data = 8
-    assert trained._devices(config) == 1
-    monkeypatch.setattr(jax, "devices", lambda: [None] * 3)
+    assert trained._devices(config) == (1, 1)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 3)
     config.mesh.data = -1
-    assert setup.part_size(config) == 64 and trained._devices(config) == 1
-    monkeypatch.setattr(jax, "devices", lambda: [None] * 4)
-    assert trained._devices(config) == 4
-    config.mesh.data = 2
-    assert trained._devices(config) == 2
+    assert setup.part_size(config) == 64 and trained._devices(config) == (1, 1)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    assert trained._devices(config) == (4, 1)
+    config.mesh.model = 2
+    assert trained._devices(config) == (2, 2)
+    config.mesh.data = 1
+    assert trained._devices(config) == (1, 2)
+    config.mesh.model = 8
+    assert trained._devices(config) == (1, 1)
 
 
 # --- another source -------------------------------------------------------------------------------------------------
@@ -120,7 +124,7 @@ def of(labels, predictions, confidence, names=("cat", "a, dog", "cow")):
         "confidence": np.float32(confidence),
         "correct": np.float32(labels == predictions),
     }
-    report = {"accuracy": float(np.mean(labels == predictions)), "dataset": "farm"}
+    report = {"accuracy": float(np.mean(labels == predictions)), "dataset": "farm", "checkpoint_step": None}
     return evaluation.Evaluation(report, Split(images, labels, tuple(names), (), ()), results)
 
 

@@ -6,6 +6,7 @@ download is ever in the process that trains.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import os
 import pathlib
@@ -263,6 +264,7 @@ def _load(
     return splits
 
 
+@functools.cache  # scikit-learn takes most of a second for it
 def _digits() -> dict[str, Split]:
     images, labels, class_names = sources.digits()
     train, test = stratified_split(labels, 0.2)

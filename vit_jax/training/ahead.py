@@ -50,7 +50,7 @@ def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
     data = [at((count, *train.images.shape[1:]), np.uint8, lying), at((count,), np.int32, lying)]
     data += [at((TABLE_STEPS, config.train.batch_size), np.int32, each)]
     program = make_train_steps(task, classifier.image_size, pick_resident)
-    compiled = program.lower(abstract_state(task), at((), np.int32, each), *data).compile()
+    compiled: Any = program.lower(abstract_state(task), at((), np.int32, each), *data).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     found = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}

@@ -75,7 +75,8 @@ class Metrics:
         self._events = None
         if not writes:
             return
-        from tensorboardX import SummaryWriter  # it imports torch where that is installed: seconds, for training alone
+        with _hidden("torch", "comet_ml"):  # it would import them where they are installed, for seconds and no use
+            from tensorboardX import SummaryWriter
 
         lines = [",".join(COLUMNS), *(",".join(_cell(row[c]) for c in COLUMNS) for row in self.rows)]
         write_text(self.path, "\n".join(lines) + "\n")
@@ -101,6 +102,18 @@ class Metrics:
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
+
+
+@contextlib.contextmanager
+def _hidden(*modules: str) -> Iterator[None]:
+    """Makes these modules, but for those that are there already, impossible to import for a while."""
+    absent = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # None: Python's own sign for that
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def score(row: Row) -> float:
