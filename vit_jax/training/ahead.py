@@ -1,5 +1,6 @@
 """A config's training dispatch, compiled for TPUs that are not there: whether it fits, and what it will exchange."""
 
+import os
 import re
 from typing import Any
 
@@ -63,6 +64,7 @@ def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
 
 
 def _devices(topology: str) -> list[Any]:
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # libtpu's own: no TPU is used, so others may compile too
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as error:  # of the library, of its absence, or of the name
