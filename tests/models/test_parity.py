@@ -13,8 +13,8 @@ from vit_jax.models import names, pretrained
 from vit_jax.models.presets import preset
 from vit_jax.training import exporting
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+torch = pytest.importorskip("torch", reason="pip install '.[parity]'")
+transformers = pytest.importorskip("transformers", reason="pip install '.[parity]'")
 
 # name, depth, side of the pictures the file was made for, and of those it is asked about
 MODELS = [
@@ -126,7 +126,7 @@ def test_the_processor_that_is_exported_scales_as_we_do(tmp_path):
 @pytest.mark.parametrize("name, depth, native, size", MODELS[:2])
 def test_timm(fabric, files, tmp_path, name, depth, native, size):
     """timm's own reader of the official file, and its names."""
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip("timm", reason="it needs a torchvision that fits torch, which not every index has")
     model, params = files(name, depth, native, size, "exact")
     network = eval(
         exporting.timm_call(config_of(model, size), 7),

@@ -230,7 +230,7 @@ def test_stem_in_numpy(blocks, shape, expected_shape):
 
 
 def test_stem_and_its_gradient_in_torch():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="pip install '.[parity]'")
     blocks = (2, 1)
     images, params = make(Stem(blocks), ODD)
     weights = np.random.default_rng(1).normal(size=(2, 7, 5, 512)).astype(np.float32)

@@ -11,7 +11,7 @@ from vit_jax.training import ahead
 
 def test_data_parallel_training_fits_and_only_adds_up(commands, tmp_path):
     """But for the pictures that mixing takes from a neighbour."""
-    pytest.importorskip("libtpu", reason="pip install '.[tpu]'")
+    pytest.importorskip("libtpu", reason="pip install '.[tpu]', tried with jax 0.12 (Python 3.12)")
     aot = ["--aot", "v5e:2x4", "--json", tmp_path / "found.json"]
     commands.run("benchmark", "--config", "configs/cifar100_tiny.py", *aot)
     (found,) = json.loads((tmp_path / "found.json").read_text())

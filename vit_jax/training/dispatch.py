@@ -74,8 +74,8 @@ class Streamed:
     def __init__(self, split: Split, order: BatchIndices, batch_size: int, mesh: Mesh):
         self._shape = batch_size, *split.images.shape[1:]
         self.capacity = int(np.clip(STREAMED_BYTES // math.prod(self._shape), 1, TABLE_STEPS))
-        self._mesh, self._rows = mesh, meshes.own_rows(batch_size, mesh)
-        self._stream = Stream(split.images, split.labels, order, self._rows, ahead=2 * self.capacity)
+        self._mesh, rows = mesh, meshes.own_rows(batch_size, mesh)
+        self._stream = Stream(split.images, split.labels, order, rows, ahead=2 * self.capacity)
 
     def __call__(self, first: int, count: int) -> Data:
         """The data of `count` steps from `first` on, of the same shapes for any count."""
