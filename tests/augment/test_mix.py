@@ -37,6 +37,11 @@ def levels(shape):
     return level, np.broadcast_to(level[:, None, None, None], shape)
 
 
+def partners(number):
+    """Whom each is mixed with: the other of its pair, an odd last one with the first."""
+    return np.append(np.arange(number // 2 * 2) ^ 1, [0] * (number % 2)).astype(int)
+
+
 def near(frequency, expected, draws):
     return abs(frequency - expected) <= 4 * np.sqrt(expected * (1 - expected) / draws)
 
@@ -76,27 +81,27 @@ def test_they_depend_on_the_key_and_the_place_in_the_batch(name):
 
 
 @pytest.mark.parametrize("shape,per_example", [*((shape, True) for shape in SHAPES), (SHAPES[1], False)])
-def test_mixup_blends_neighbours_by_the_labels_shares(shape, per_example):
+def test_mixup_blends_pairs_by_the_labels_shares(shape, per_example):
     level, pictures = levels(shape)
-    own = np.eye(len(level), dtype=np.float32)
+    own, other = np.eye(len(level), dtype=np.float32), partners(len(level))
     mixed, targets = map(np.asarray, mix(KEY, pictures, own, replace(MIXUP, per_example=per_example), True))
     share = np.diag(targets)
-    np.testing.assert_allclose(targets, share[:, None] * own + (1 - share)[:, None] * np.roll(own, 1, axis=0))
-    expected = share * level + (1 - share) * np.roll(level, 1)
+    np.testing.assert_allclose(targets, share[:, None] * own + (1 - share)[:, None] * own[other])
+    expected = share * level + (1 - share) * level[other]
     assert np.abs(mixed - expected[:, None, None, None]).max() <= 0.5 + 1e-4  # whole levels, rounded
     assert len(np.unique(share)) == (len(level) if per_example else 1)
 
 
 @pytest.mark.parametrize("shape,per_example", [*((shape, True) for shape in SHAPES), (SHAPES[1], False)])
-def test_cutmix_puts_a_box_of_the_neighbour_in_and_counts_its_pixels(shape, per_example):
+def test_cutmix_puts_a_box_of_the_other_in_and_counts_its_pixels(shape, per_example):
     number = 10 * shape[0] - 1
-    third = np.append(np.arange(number - 1) % 2, 2)  # of the levels: another one than the neighbours', all around
+    third = np.append(np.arange(number - 1) % 2, 2)  # of the levels: another one than the partner's
     pictures = (85 * third[:, None, None, None] + random_pictures(number, *shape[1:], high=85)).astype(np.uint8)
-    neighbours, own = np.roll(pictures, 1, axis=0), np.eye(len(pictures), dtype=np.float32)
+    others, own = pictures[partners(number)], np.eye(len(pictures), dtype=np.float32)
     how, boxes = replace(CUTMIX, per_example=per_example), []
     for seed in range(1 if per_example else 20):
         mixed, targets = map(np.asarray, mix(jax.random.key(seed), pictures, own, how, True))
-        inside = (mixed == neighbours).all(axis=-1)
+        inside = (mixed == others).all(axis=-1)
         assert (inside ^ (mixed == pictures).all(axis=-1)).all()
         assert (inside == inside.any(axis=2, keepdims=True) & inside.any(axis=1, keepdims=True)).all()  # rectangles
         for axis in (1, 2):

@@ -37,15 +37,15 @@ class Mixing:
 def mix(
     key: jax.Array, images: jax.Array, targets: jax.Array, how: Mixing, enabled: bool | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes each picture with the one before it in the batch, and their targets, float32 [B, K], if `enabled`.
+    """Mixes the pictures of each pair in the batch, and their targets, float32 [B, K], if `enabled`.
 
     Mixup (Zhang et al. 2018, arXiv 1710.09412) blends the two; CutMix (Yun et al. 2019, arXiv 1905.04899) puts a box
     of the other in, at the same place. The label's share is the mean of the pixels': with CutMix one minus the area
     the box really has after it is cut at the edges.
 
-    Training batches come in random order, so the neighbour is as random a partner as a permutation would draw, and as
-    there each picture is one partner. Unlike in the reversed batch, nothing meets itself, also where B is odd (B >= 2);
-    copies of a picture, where there are any, must not lie next to each other.
+    Training batches come in random order, so a neighbour is as random a partner as any. Pairs of them, unlike the
+    reversed batch, seldom lie on two devices; and nothing meets itself, where copies of a picture do not lie next to
+    each other.
     """
     if not (how.mixup or how.cutmix):
         return images, targets
@@ -61,8 +61,8 @@ def mix(
         inside = _inside(*_centred_box(share, jnp.stack(centre), images), images)
         pixel_share = jnp.where(_per_picture(cut), 1.0 - inside, pixel_share)
     share = jnp.mean(pixel_share, axis=(1, 2))  # [draws, 1]
-    targets = share * targets + (1 - share) * jnp.roll(targets, 1, axis=0)
-    return _blend(pixel_share, images, jnp.roll(images, 1, axis=0)), targets
+    targets = share * targets + (1 - share) * _partners(targets)
+    return _blend(pixel_share, images, _partners(images)), targets
 
 
 def erase(key: jax.Array, images: jax.Array, probability: float, fill: str, mean: Sequence[float]) -> jax.Array:
@@ -125,6 +125,12 @@ def _symmetric_beta(radius: jax.Array, angle: jax.Array, alpha: jax.Array) -> ja
     power = radius ** (1 / alpha)
     tangent = jnp.sqrt(1 - power) * jnp.cos(2 * math.pi * angle), jnp.sqrt(power)  # t / sqrt(2 alpha), as a fraction
     return jnp.clip(0.5 + 0.5 * jnp.sin(jnp.arctan2(*tangent)), 0, 1)
+
+
+def _partners(x: jax.Array) -> jax.Array:
+    """The other one of each pair, [B, ...]; an odd last one's is the first."""
+    pairs = x[: len(x) // 2 * 2].reshape(-1, 2, *x.shape[1:])
+    return jnp.concatenate([pairs[:, ::-1].reshape(-1, *x.shape[1:]), x[: len(x) % 2]])
 
 
 def _blend(share: jax.Array, images: jax.Array, others: jax.Array) -> jax.Array:

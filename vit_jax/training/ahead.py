@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax.data.load import SIDES, Split
@@ -33,34 +34,38 @@ def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
       UserError: there is no such topology or no libtpu, or the config does not fit it.
     """
     devices = _devices(topology)
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.model, devices)
+    program, arguments = training_dispatch(config, meshes.make_mesh(config.mesh.data, config.mesh.model, devices))
+    compiled: Any = program.lower(*arguments).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    found = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
+    return {
+        "devices": f"{arguments[0].step.sharding.num_devices} x {devices[0].device_kind}",
+        "bytes_per_chip": used - memory.alias_size_in_bytes,
+        "flops_per_chip": compiled.cost_analysis()["flops"],
+        "collectives": {name: number for name, number in found.items() if number},
+    }
+
+
+def training_dispatch(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
+    """The program that a config's run would have on the devices of `mesh`, and its arguments' shapes and shardings."""
     train = _stand_in(config)
     config = setup.resolve_data(setup.resolve_model(config), train, mesh)
     config.data.resident = "always"
     plan, _ = setup.make_plan(config, len(train.labels))
     classifier = setup.make_classifier(config, len(train.class_names), mesh)
     task, _ = setup.make_task(config, classifier, plan, setup.make_rules(config, classifier))
-    shared = setup.placement(config, train, mesh) == "shared"
+    each = meshes.replicated(mesh)
+    lying = meshes.batch_sharded(mesh) if setup.placement(config, train, mesh) == "shared" else each
+    count = len(train.labels) + -len(train.labels) % mesh.shape["data"]
 
     def at(shape, dtype, where):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    each = meshes.replicated(mesh)
-    lying = meshes.batch_sharded(mesh) if shared else each
-    count = len(train.labels) + -len(train.labels) % mesh.shape["data"]
     data = [at((count, *train.images.shape[1:]), np.uint8, lying), at((count,), np.int32, lying)]
     data += [at((TABLE_STEPS, config.train.batch_size), np.int32, each)]
     program = make_train_steps(task, classifier.image_size, pick_resident)
-    compiled: Any = program.lower(abstract_state(task), at((), np.int32, each), *data).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    found = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
-    return {
-        "devices": f"{mesh.size} x {devices[0].device_kind}",
-        "bytes_per_chip": used - memory.alias_size_in_bytes,
-        "flops_per_chip": compiled.cost_analysis()["flops"],
-        "collectives": {name: number for name, number in found.items() if number},
-    }
+    return program, (abstract_state(task), at((), np.int32, each), *data)
 
 
 def _devices(topology: str) -> list[Any]:
