@@ -247,7 +247,7 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(small_disk):
 ELSEWHERE = """
 import sys, pathlib, contextlib
 import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
 from vit_jax.training import mesh
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.step import TrainState
@@ -258,9 +258,10 @@ params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), j
 sums = {"loss": jnp.float32(1 / 3)}
 state = TrainState(number, params, params, (params, number), sums, number, sums["loss"])
 one, eight = (mesh.replicated(mesh.make_mesh(n)) for n in (1, 8))
-sharded = jax.tree.map(lambda x: NamedSharding(eight.mesh, P("data") if x.ndim else P()), state)
+sharded = mesh.shardings(state, eight.mesh, fsdp=True)
+assert sharded.params["kernel"].spec == P("data", None)
 everywhere = {name: jax.tree.map(lambda x: where, state) for name, where in (("one", one), ("eight", eight))}
-everywhere["sharded"] = sharded
+everywhere["fsdp"] = sharded
 for name, shardings in everywhere.items():
     with contextlib.closing(Checkpoints(pathlib.Path(sys.argv[1]) / name)) as checkpoints:
         checkpoints.save(jax.device_put(state, shardings), None, 0.0)

@@ -20,7 +20,7 @@ from vit_jax.errors import UserError
 class Split:
     """Pictures and labels of one split; `mean` and `std` per channel, in [0, 1] units, are the training pictures'."""
 
-    images: np.ndarray  # uint8 [N, H, W, C]; memory-mapped from the cache
+    images: Any  # uint8 [N, H, W, C]: memory-mapped from the cache, or rows of that
     labels: np.ndarray  # int32 [N]
     class_names: tuple[str, ...]
     mean: tuple[float, ...]

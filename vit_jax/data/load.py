@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -119,8 +120,26 @@ def load_splits(
     return Splits(train, held, test)
 
 
+class Rows:
+    """Some rows of an array, [N, ...] of [M, ...], read when they are asked for: all may be more than memory holds."""
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray):
+        self._array, self._rows = array, rows
+        self.shape, self.dtype = (len(rows), *array.shape[1:]), array.dtype
+        self.nbytes = math.prod(self.shape) * array.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return self._array[self._rows[index]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+
 def _picked(split: Split, indices: np.ndarray) -> Split:
-    return dataclasses.replace(split, images=split.images[indices], labels=split.labels[indices])
+    return dataclasses.replace(split, images=Rows(split.images, indices), labels=split.labels[indices])
 
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:

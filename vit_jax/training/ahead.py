@@ -20,6 +20,15 @@ from vit_jax.training.step import TABLE_STEPS, abstract_state, make_train_steps,
 EXAMPLES = {"cifar10": (50_000, 10), "cifar100": (50_000, 100), "svhn": (73_257, 10), "tiny_imagenet": (100_000, 200)}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
+# Settings of libtpu's own: no TPU is used, so none is looked for, and other processes may compile too.
+LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
 
 def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
     """Compiles the config's dispatch for the TPUs of a `topology`, as v5e:2x4, under its mesh. Needs libtpu, no TPU.
@@ -69,9 +78,11 @@ def training_dispatch(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrappe
 
 
 def _devices(topology: str) -> list[Any]:
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # libtpu's own: no TPU is used, so others may compile too
+    for name, value in LIBTPU.items():
+        os.environ.setdefault(name, value)
+    chip = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}  # its two cores are one device
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip).devices)
     except Exception as error:  # of the library, of its absence, or of the name
         reason = " ".join(str(error).split())[:200]
         raise UserError(

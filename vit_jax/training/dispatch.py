@@ -170,13 +170,14 @@ def make_evaluator(
 def featured(probe: Probe, params: Any, split: Split, batch_size: int) -> Split:
     """The split with the trunk's features, float32 [N, D], in place of its pictures."""
     program = make_features(probe)
-    images, _ = padded(split.images, split.labels, batch_size)
     found = []
     pace = 0.1 if sys.stderr.isatty() else 10  # seconds between looks at it: in a log each is a line
     shown = {"mininterval": pace, "file": sys.stderr, "disable": not processes.is_first()}
     with tqdm(total=len(split.labels), desc="features", unit=" pictures", **shown) as bar:
-        for start in range(0, len(images), batch_size):
-            batch = meshes.place(images[start : start + batch_size], probe.mesh, meshes.batch_sharded(probe.mesh))
+        for start in range(0, len(split.labels), batch_size):
+            part = slice(start, start + batch_size)
+            images, _ = padded(split.images[part], split.labels[part], batch_size)
+            batch = meshes.place(images, probe.mesh, meshes.batch_sharded(probe.mesh))
             found.append(jax.device_get(program(params, batch)))
             bar.update(min(batch_size, len(split.labels) - start))
     return dataclasses.replace(split, images=np.concatenate(found)[: len(split.labels)])
