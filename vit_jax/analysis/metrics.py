@@ -88,16 +88,25 @@ def per_class(matrix: np.ndarray, class_names: Sequence[str]) -> list[dict[str, 
 
 
 def training_flops(
-    *, tokens: int, patches: int, channels: int, patch_size: int, width: int, depth: int, mlp_dim: int, classes: int
+    *,
+    tokens: int,
+    patches: int,
+    channels: int,
+    patch_size: int,
+    width: int,
+    depth: int,
+    mlp_dim: int,
+    classes: int,
+    stem: int = 0,
 ) -> float:
     """Model FLOPs of one training step for one picture: three times the forward pass's matrix products.
 
-    A block costs 8 D^2 + 4 D M for the projections and the MLP and 4 N D for attention, a token; the stem is counted
-    as one patch convolution.
+    A block costs 8 D^2 + 4 D M for the projections and the MLP and 4 N D for attention, a token; the patch embedding is
+    a convolution of `channels`; `stem` is what is multiplied and added before it, in FLOPs.
     """
     blocks = depth * tokens * (8 * width**2 + 4 * width * mlp_dim + 4 * tokens * width)
     embedding = 2 * patches * width * channels * patch_size**2
-    return 3.0 * (blocks + embedding + 2 * width * classes)
+    return 3.0 * (blocks + stem + embedding + 2 * width * classes)
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -70,6 +70,19 @@ def load(
     return splits[split]
 
 
+def is_cached(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    image_size: int | None = None,
+    skip_unreadable: bool = False,
+) -> bool:
+    """Whether `load` has nothing to prepare. Raises UserError where there is no such data set."""
+    return (
+        name == "digits" or _read(_Request.of(name, data_dir, image_size, skip_unreadable), say_why=False) is not None
+    )
+
+
 def load_measured(
     name: str,
     data_dir: str | os.PathLike | None = None,

@@ -16,7 +16,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vit_jax.analysis.metrics import peak_flops, summarize, training_flops
+from vit_jax.analysis.metrics import peak_flops, summarize
 from vit_jax.config import to_dict
 from vit_jax.data.load import Split, Splits
 from vit_jax.errors import RunError, Stopped, UserError, out_of_memory
@@ -24,6 +24,7 @@ from vit_jax.training import drawings, processes, reporting, setup, starting
 from vit_jax.training import mesh as meshes
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.cost import flops_per_image
 from vit_jax.training.dispatch import Dispatcher, featured
 from vit_jax.training.lock import Lock
 from vit_jax.training.optim import EVERYTHING, Rules, rule_table
@@ -326,7 +327,7 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         speed = int(state.step) * run.config.train.batch_size / max(seconds, 1e-9)
     device, devices = jax.devices()[0].device_kind, run.classifier.mesh.size
     whole = not run.plan.small and run.rules == EVERYTHING  # the formula is for training all of it
-    peak, flops = peak_flops(device), _training_flops(run.classifier) if whole else None
+    peak, flops = peak_flops(device), flops_per_image(run.classifier) if whole else None
     summary = {
         "test_accuracy": test["accuracy"],
         "test_accuracy_top5": test["accuracy_top5"],
@@ -364,21 +365,3 @@ def _report(workdir: pathlib.Path, results: Mapping[str, np.ndarray], summary: M
 def _draw_curves(run: Run) -> None:
     if run.metrics.rows and processes.is_first():
         drawings.curves(drawings.Subject(run.workdir))
-
-
-def _training_flops(classifier: Classifier) -> float | None:
-    """For one picture; None where the model has convolutions or patches that the formula does not count."""
-    model = classifier.model
-    if model.stem != "patch" or model.mlp_conv:
-        return None
-    patches = (classifier.image_size // model.patch_size) ** 2
-    return training_flops(
-        tokens=patches + (model.pool == "cls"),
-        patches=patches,
-        channels=len(classifier.mean),
-        patch_size=model.patch_size,
-        width=model.width,
-        depth=model.depth,
-        mlp_dim=model.mlp_dim,
-        classes=classifier.num_classes,
-    )

@@ -25,10 +25,14 @@ from vit_jax.training.writers import write_json
 CHOSEN = ("model.gelu", "model.norm_epsilon", "train.steps_per_call")
 
 
+def versions() -> dict[str, str]:
+    """Of Python and of what computes."""
+    return {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (jax, flax, optax)}
+
+
 def write_config(workdir: pathlib.Path, config: ConfigDict, class_names: tuple[str, ...], command: str) -> None:
     """Writes config.json; `command` is what was typed, where that is known."""
-    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (jax, flax, optax)}
-    about = {"class_names": list(class_names), "versions": versions, "device": jax.devices()[0].device_kind}
+    about = {"class_names": list(class_names), "versions": versions(), "device": jax.devices()[0].device_kind}
     about |= {"command": command} if command else {}
     write_json(workdir / "config.json", to_dict(config) | about)
 
