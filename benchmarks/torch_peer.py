@@ -129,7 +129,7 @@ class Muon:
 
     def __init__(self, named: dict[str, nn.Parameter], rate: float, momentum: float, decay: float, quick: bool):
         self.parameters, self.rate, self.momentum, self.decay, self.quick = named, rate, momentum, decay, quick
-        self.kept: dict[tuple[int, ...], Tensor] = {}
+        self.steps, self.kept = 0, dict[tuple[int, ...], Tensor]()
         on_gpu = next(iter(named.values())).is_cuda
         self.orthogonal = torch.compile(orthogonal) if on_gpu else orthogonal
 
@@ -139,6 +139,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self) -> None:
+        self.steps += 1
         groups: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None
@@ -150,7 +151,9 @@ class Muon:
             if shape not in self.kept:
                 self.kept[shape] = torch.zeros_like(gradients)
             self.kept[shape].lerp_(gradients, 1 - self.momentum)
-            updates = self.orthogonal(gradients.lerp(self.kept[shape], self.momentum), self.quick)
+            of_kept, of_new = (1 - self.momentum ** (self.steps + i) for i in (1, 0))  # what is missing at the start
+            ahead = (gradients / of_new).lerp(self.kept[shape] / of_kept, self.momentum)  # Nesterov
+            updates = self.orthogonal(ahead, self.quick)
             torch._foreach_mul_(weights, 1 - self.rate * self.decay)
             torch._foreach_add_(weights, list(updates.unbind()), alpha=-0.2 * max(shape) ** 0.5 * self.rate)
 

@@ -27,7 +27,7 @@ def run(*call, code=0, **environment):
 
 
 def test_scripts_pass_shellcheck():
-    assert len(SCRIPTS) == 5
+    assert len(SCRIPTS) == 6
     path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
     run(shutil.which("shellcheck", path=path), *SCRIPTS)
 
