@@ -12,7 +12,7 @@ from vit_jax.config import FIELDS, get
 from vit_jax.data.load import Split
 from vit_jax.errors import RunError
 from vit_jax.training import comparing, cost, measuring, mesh, setup
-from vit_jax.training.step import Augmentation
+from vit_jax.training.step import Augmentation, augment
 
 ONE = measuring.Pace(windows=1, seconds=0.0)
 TINY = {"width": 16, "depth": 1, "num_heads": 2, "mlp_dim": 16}
@@ -87,7 +87,10 @@ def test_bare_is_without_what_is_random_and_without_average():
     assert different - {"model.dropout", "model.attention_dropout", "model.drop_path", "ema.decay"} == {
         path for path in different if path.startswith("augment.")
     }
-    assert setup.make_augmentation(setup.resolve_model(stripped), setup.Plan(9, 0, set(), set())) == Augmentation()
+    left = setup.make_augmentation(setup.resolve_model(stripped), setup.Plan(9, 0, frozenset(), frozenset()))
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    np.testing.assert_array_equal(augment(jax.random.key(0), images, 8, 8, left), images)
+    assert left.mixing is None and left.repeats == 1
     assert stripped.ema.decay == stripped.model.drop_path == stripped.model.dropout == 0
 
 
@@ -109,7 +112,7 @@ def test_whole_pictures_are_timed_where_a_run_begins_with_crops():
 
 def test_a_probe_is_timed_on_features():
     config = config_of("cifar10_b16.py:head", *FLAT, "--config.data.name=digits", "--config.data.image_size=8")
-    config.model.update({"preset": None, "patch_size": 4})
+    config.model.update({"preset": "", "patch_size": 4})
     subject = measuring.opened(config)
     assert subject.splits.train.images.shape == (1438, 16) and subject.flops is None
 

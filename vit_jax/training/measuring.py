@@ -135,7 +135,7 @@ class Training:
       steps_per_call: as the config says, or as `main` would choose it.
     """
 
-    def __init__(self, subject: Subject, task: Task | None = None, steps_per_call: int = 0):
+    def __init__(self, subject: Subject, task: Task | None = None, steps_per_call: int = 1):
         task, config, train = task or subject.task, subject.config, subject.splits.train
         started = time.perf_counter()
         self.state = jax.block_until_ready(init_state(task))
