@@ -55,7 +55,9 @@ def weights(
     Raises:
       UserError: the weights cannot be had, or do not fit.
     """
-    like = traverse_util.flatten_dict(meshes.with_sharding(classifier.shapes(), classifier.mesh), sep="/")
+    like = traverse_util.flatten_dict(
+        meshes.with_sharding(classifier.shapes(), classifier.mesh, config.mesh.fsdp), sep="/"
+    )
     side = classifier.image_size // classifier.model.patch_size
     with opened(config.init.checkpoint) as source:
         skip, notes = tuple(config.init.skip), []
