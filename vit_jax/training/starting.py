@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -143,7 +144,7 @@ def fetched(url: str) -> pathlib.Path:
     path = meshes.cache_folder() / "weights" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if path.exists():
         return path
-    part = path.with_name(f"{os.getpid()}-{path.name}")
+    part = path.with_name(f"{uuid.uuid4().hex}-{path.name}")  # another container has the same process id
     try:
         files, remote = fsspec.url_to_fs(url)
         if files.isdir(remote):
