@@ -91,6 +91,9 @@ def test_of_other_machines_a_sign_of_life_is_awaited(tmp_path, slept, process, m
     path = left_behind(tmp_path, process, age=20.5)
     assert taken(tmp_path) and sum(slept) == pytest.approx(40, abs=1)
     assert "waiting 39 s" in capsys.readouterr().err
+    left_behind(tmp_path, process, age=-3600)  # by a clock that is ahead
+    slept.clear()
+    assert taken(tmp_path) and sum(slept) == pytest.approx(60, abs=1)
     left_behind(tmp_path, process, age=61)
     slept.clear()
     assert taken(tmp_path) and not slept

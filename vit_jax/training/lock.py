@@ -107,12 +107,13 @@ def _await_death(path: pathlib.Path) -> str | None:
     Raises:
       UserError: the process is alive.
     """
-    first = None
+    first, waited = None, 0
     while (seen := _look(path)) is not None:
         text, beat = seen
         process = _parse(text)
         alive = process and is_alive(process)
-        left = PATIENCE - (_now(path.parent) - beat)
+        silent = max(_now(path.parent) - beat, waited)  # a clock may be wrong
+        left = PATIENCE - silent
         if alive is False or left < 0:
             return text
         if alive or first not in (None, seen):  # it gave a sign of life
@@ -122,6 +123,7 @@ def _await_death(path: pathlib.Path) -> str | None:
             print(f"{path} is of a process that may be dead: waiting {left:.0f} s for a sign of life", file=sys.stderr)
         first = seen
         time.sleep(1)
+        waited += 1
     return None
 
 

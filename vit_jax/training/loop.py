@@ -263,7 +263,7 @@ def _diverged(run: Run, what: str, done: Mapping[str, Any]) -> RunError:
     rate = _rate(run, int(done["step"]), run.config.train.skip_nonfinite)
     return RunError(
         f"the {what} not finite at step {done['step']} (learning rate {rate:.3g}, gradient norm {done['norm']:.3g}); "
-        "the checkpoint before is kept; lower optim.learning_rate or set optim.clip_norm in a new --workdir, or "
+        "checkpoints before it are kept; lower optim.learning_rate or set optim.clip_norm in a new --workdir, or "
         "leave out up to N such updates with train.skip_nonfinite=N"
     )
 

@@ -1,7 +1,6 @@
 """The weights that a run starts from: those that `init.checkpoint` names, a file's or another run's."""
 
 import contextlib
-import errno
 import functools
 import hashlib
 import os
@@ -19,7 +18,7 @@ from fsspec.callbacks import TqdmCallback
 from ml_collections import ConfigDict
 
 from vit_jax.data.load import Splits
-from vit_jax.errors import DENIED, UserError
+from vit_jax.errors import DENIED, FULL, UserError
 from vit_jax.models import pretrained
 from vit_jax.models.archives import Stored
 from vit_jax.models.pretrained import Facts, Source
@@ -159,7 +158,7 @@ def fetched(url: str) -> pathlib.Path:
     except ImportError as error:
         raise UserError(f'{url} needs another package: pip install "vit_jax[remote]" ({error})') from error
     except Exception as error:  # each of fsspec's file systems has errors of its own
-        if isinstance(error, OSError) and error.errno in (*DENIED, errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (*DENIED, *FULL):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
