@@ -18,7 +18,7 @@ fi
 count=$1 config=$2
 shift 2
 python=${PYTHON:-python}
-grace=60 # seconds for the others to end, when one has failed
+grace=40 # seconds for the others to end, when one has failed
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 gpus=0

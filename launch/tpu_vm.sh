@@ -87,7 +87,8 @@ up() {
       sudo tee /etc/apt/sources.list.d/gcsfuse.list
     sudo apt-get -qq update
     sudo apt-get -qq install -y gcsfuse
-    mountpoint -q vit_jax/runs || gcsfuse --implicit-dirs '"$(printf %q "$bucket")"' vit_jax/runs'
+    mountpoint -q vit_jax/runs ||
+      gcsfuse --implicit-dirs --metadata-cache-ttl-secs 0 '"$(printf %q "$bucket")"' vit_jax/runs'
   fi
   on all "$remote"
 }

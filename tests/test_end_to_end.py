@@ -268,12 +268,17 @@ def test_a_diverging_run_ends_with_1_and_keeps_its_checkpoint(commands, tmp_path
     assert kept and all(np.isfinite(x).all() for x in read_arrays(tmp_path, kept[-1]).values())
 
 
-def test_two_devices_train_as_one(commands, tmp_path):
-    """Through the end of the small crops, at step 5, and of mixing, at step 10."""
-    fields = LONG | {"train__steps": 12, "train__eval_every": 0.2}
+def test_two_devices_train_as_one(finished, commands, tmp_path):
+    """From weights that are there, each device with a part of the state, and with pictures read from the disk.
+
+    Through the end of the small crops, at step 5, and of mixing, at step 10.
+    """
+    fields = LONG | {"train__steps": 12, "train__eval_every": 0.2, "init__checkpoint": finished}
+    fields |= {"model__mlp_conv": False, "model__position_embedding": "learned", "ema__decay": 0.9}
     commands.train(tmp_path / "one", **fields)
     two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    commands.train(tmp_path / "two", **fields, environment=two)
+    apart = {"mesh__fsdp": True, "data__resident": "never"}
+    commands.train(tmp_path / "two", **fields, **apart, environment=two)
     rows = list(zip(read_rows(tmp_path / "one"), read_rows(tmp_path / "two"), strict=True))
     assert [int(one["step"]) for one, _ in rows] == [4, 7, 11, 12] and rows[-1][0]["train_accuracy"]
     for one, two in rows:

@@ -28,6 +28,7 @@ def test_expected_errors_pass_through():
             "train.batch_size",
         ),
         (ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device"), 1, "no space left"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "/home/x"), 1, "no space left"),
         (MemoryError(), 1, "train.batch_size"),
     ],
 )

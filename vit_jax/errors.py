@@ -10,7 +10,8 @@ DENIED = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
-DISK_FULL = "No space left on device"  # the system's words, also within the libraries' own errors
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = tuple(map(os.strerror, FULL))  # the system's words, also within the libraries' own errors
 INTERRUPTED = 130  # as a shell says it of SIGINT
 UNREAD = 141  # and of SIGPIPE
 INTERRUPTION = "interrupted; the same command goes on from the last checkpoint"  # of a run
@@ -79,7 +80,7 @@ def expected(error: Exception) -> UserError | RunError | Stopped | None:
     message = str(error)
     if isinstance(error, OSError) and error.errno in DENIED:
         return UserError(f"cannot use {error.filename}: {error.strerror}; give another path")
-    if DISK_FULL in message:
+    if _disk_full(message):
         return RunError("no space left on the disk: free some and run the same command again")
     if out_of_memory(error):
         return RunError(
@@ -89,10 +90,14 @@ def expected(error: Exception) -> UserError | RunError | Stopped | None:
     return None
 
 
+def _disk_full(message: str) -> bool:
+    return any(words in message for words in DISK_FULL)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether the host or a device had too little memory."""
     message = str(error)
-    if DISK_FULL in message:  # tensorstore, too, says that it is exhausted
+    if _disk_full(message):  # tensorstore, too, says that it is exhausted
         return False
     return (
         isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "Out of memory" in message

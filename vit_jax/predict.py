@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> None:
     found = []
     results = predicting.Predictor(run, args.batch_size).results(paths, args.top)
     widths = max(map(len, paths), default=0), max(map(len, run.class_names))
-    sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # paths may be any bytes
+    escape = "surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace"  # paths may be any bytes
+    sys.stdout.reconfigure(errors=escape)  # type: ignore[union-attr]
     for path, result in zip(paths, results, strict=True):
         if isinstance(result, errors.UserError):
             say(result)

@@ -80,6 +80,12 @@ def test_a_small_file_of_a_huge_picture_is_not_unpacked(monkeypatch):
         sources.decode(io.BytesIO(data), 8)
 
 
+def test_a_pipe_is_no_picture_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(OSError, match="a pipe"):
+        sources.decode(tmp_path / "x.png")
+
+
 def test_decode_of_a_lossless_picture_is_its_pixels(tmp_path):
     pixels = random_images(1, 7, 5, 3)[0]
     np.testing.assert_array_equal(sources.decode(save(pixels, tmp_path / "a.png")), pixels)

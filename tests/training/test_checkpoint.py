@@ -1,6 +1,7 @@
 """Checkpoints: what comes back, which are kept, and what a damaged or foreign one says."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 
 from vit_jax import errors
 from vit_jax.errors import UserError
-from vit_jax.training import checkpoint
+from vit_jax.training import checkpoint, processes
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.step import TrainState
 
@@ -206,6 +207,31 @@ def test_where_no_checkpoint_is_whole_all_are_named_and_nothing_is_moved(two, tm
             with pytest.raises(UserError, match=r"no whole checkpoint in .*/4 is damaged .*/2 is damaged"):
                 search()
     assert contents(tmp_path) == before
+
+
+def test_a_disk_that_cannot_be_read_now_damages_nothing(two, tmp_path, monkeypatch):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+
+    def unreadable(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", unreadable)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        with pytest.raises(errors.RunError, match=f"{tmp_path}/checkpoints/4 cannot be read now"):
+            checkpoints.restore_newest(state_of(0))
+        assert checkpoints.steps() == [2, 4]
+
+
+def test_of_several_processes_the_first_says_what_is_whole(two, tmp_path, monkeypatch):
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    verdicts = iter([True, True, True, False])  # step 4: known, damaged; step 2: known, whole
+    flip_a_bit(tmp_path / "checkpoints" / "2", "metrics")  # which this process does not look at
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "is_first", lambda: False)
+        patch.setattr(processes, "of_first", lambda _: next(verdicts))
+        with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+            assert checkpoints.restore_newest(state_of(0))[0].step == 2
+            assert checkpoints.steps() == [2, 4]  # it moves nothing
 
 
 def test_a_whole_checkpoint_that_does_not_fit_is_not_called_damaged(two, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -90,6 +91,9 @@ def test_of_other_machines_a_sign_of_life_is_awaited(tmp_path, slept, process, m
     path = left_behind(tmp_path, process, age=20.5)
     assert taken(tmp_path) and sum(slept) == pytest.approx(40, abs=1)
     assert "waiting 39 s" in capsys.readouterr().err
+    left_behind(tmp_path, process, age=-3600)  # by a clock that is ahead
+    slept.clear()
+    assert taken(tmp_path) and sum(slept) == pytest.approx(60, abs=1)
     left_behind(tmp_path, process, age=61)
     slept.clear()
     assert taken(tmp_path) and not slept
@@ -110,7 +114,9 @@ def test_a_lock_is_kept_fresh_and_loss_of_it_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=f"took over {tmp_path}"):
         held.check()
     held.close()
-    assert held.path.exists()  # the other's
+    held.path.unlink()  # by the other, which took over and is done
+    with pytest.raises(RunError, match=f"took over {tmp_path}"):
+        held.check()
 
 
 def test_of_two_that_take_over_one_wins(tmp_path, monkeypatch):
@@ -118,7 +124,7 @@ def test_of_two_that_take_over_one_wins(tmp_path, monkeypatch):
     dead, await_death, write_text = path.read_text(), lock._await_death, lock.write_text
 
     def meanwhile(path, text):
-        with pytest.raises(UserError, match=f"takes over {tmp_path} now"):
+        with pytest.raises(RunError, match=f"takes over {tmp_path} now"):
             lock.Lock(tmp_path)
         write_text(path, text)
 
@@ -129,6 +135,19 @@ def test_of_two_that_take_over_one_wins(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="trains in"):
             lock.Lock(tmp_path)
         assert not seen and path.read_text() != dead and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_take_over_that_was_killed_is_not_waited_for_long(tmp_path, monkeypatch):
+    left_behind(tmp_path, dataclasses.replace(ME, started="1"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lock, "write_text", lambda path, text: signal.raise_signal(signal.SIGINT))
+        patch.setattr(pathlib.Path, "unlink", lambda path, missing_ok: None)
+        lock.Lock(tmp_path)
+    (claim,) = tmp_path.glob("lock.json.*")
+    with pytest.raises(RunError, match="takes over"):
+        lock.Lock(tmp_path)
+    os.utime(claim, (0, 0))
+    assert taken(tmp_path)
 
 
 def test_a_full_disk_leaves_no_empty_lock(tmp_path, monkeypatch):

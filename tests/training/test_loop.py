@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax.config import default_config
-from vit_jax.errors import RunError
+from vit_jax.errors import RunError, UserError
 from vit_jax.training import loop
 
 
@@ -39,6 +39,14 @@ def test_one_step_too_many_ends_the_run():
     run, done = of_run(7, 3, 2)
     with pytest.raises(RunError, match=r"not finite at step 7 \(learning rate 2.5, gradient norm nan\)"):
         loop._check_unfrozen(run, done)
+
+
+def test_a_run_that_goes_on_may_not_be_allowed_less_than_it_skipped():
+    config = default_config()
+    config.train.skip_nonfinite = 2
+    loop._check_allowed(config, 2)
+    with pytest.raises(UserError, match="train.skip_nonfinite=2, .* skipped 3 updates"):
+        loop._check_allowed(config, 3)
 
 
 def test_out_of_memory_names_the_sizes_and_what_is_left_to_lower():

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ LAYOUTS = {
     "one device": (1, 1, False, "whole"),
     "data": (8, 1, False, "streamed"),
     "fsdp": (8, 1, True, "shared"),
-    "model": (2, 4, False, "whole"),
+    "model": (2, 4, True, "whole"),
 }
 
 
@@ -73,9 +74,10 @@ def measure(data, model, fsdp, placement):
     dispatch = Dispatcher(task, state, split, 16, placement)
     program = dispatch.programs[8].as_text()
     losses = []
-    for start in range(0, STEPS, 4):
-        state, done = dispatch(state, start, start + 4)
-        losses.append(float(done["sums"]["loss"]))
+    for start in range(STEPS):
+        state, _ = dispatch(state, start, start + 1)
+        losses.append(float(state.sums["loss"]))
+        state = state.replace(sums=jax.device_put(step.zero_sums(), mesh.replicated(task.classifier.mesh)))
     kept = own_bytes((state.params, state.ema, state.optimizer))
     evaluated = make_evaluator(task.classifier, split, 64, placement == "streamed")(state.ema)["loss"]
     collectives = sorted(
@@ -102,6 +104,14 @@ def test_every_layout_trains_as_one_device():
         assert layouts["fsdp"][when] <= 0.131 and layouts["data"][when] == 1
     assert layouts["data"]["collectives"] == ["all-reduce"]  # gradients are added up, and nothing else moves
     assert "all-gather" in layouts["fsdp"]["collectives"]
+
+
+def test_a_process_has_the_rows_of_its_devices_wherever_they_are(monkeypatch):
+    """As on a pod of four hosts, whose devices do not lie one host after the other."""
+    cuts = {"a": (slice(None), slice(6, 8)), "b": (slice(None), slice(0, 2)), "c": (slice(None), slice(6, 8))}
+    own = types.SimpleNamespace(addressable_devices_indices_map=lambda shape: cuts)
+    monkeypatch.setattr(mesh, "part_sharded", lambda _: own)
+    assert mesh.own_rows(8, mesh.make_mesh(1)).tolist() == [0, 1, 6, 7]
 
 
 def test_the_rules_cut_heads_and_hidden_units():

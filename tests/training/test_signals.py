@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from vit_jax import errors
+from vit_jax.training import signals
 
 CHILD = """
 import hashlib, sys, threading
@@ -55,6 +56,16 @@ def test_a_signal_waits_for_the_run_to_be_saved(number):
 def test_a_second_interrupt_leaves_from_within_a_dispatch():
     code, err = run([signal.SIGINT, signal.SIGINT], "saving", "stays")
     assert (code, err) == (errors.INTERRUPTED, f"stopped: {errors.INTERRUPTION}\n")
+
+
+def test_with_nothing_to_save_the_others_of_a_run_are_told(monkeypatch):
+    told = []
+    monkeypatch.setattr(signals, "_leave", lambda *_: told.append("left"))
+    caught = signals.Signals(lambda *message: told.append(message) or True)
+    caught.note(signal.SIGTERM)
+    with caught.saving():
+        caught.note(signal.SIGTERM)
+    assert told == [(errors.Stopped.exit_code, signals.NOTHING_TO_SAVE)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -193,6 +193,11 @@ def test_a_run_is_a_source_too(official, tmp_path):
     assert f"the classes of {tmp_path / 'run'} are others" in notes
     classifier = setup.make_classifier(config, 10, mesh.make_mesh(1))
     assert "head/kernel" not in starting.weights(config, classifier, tuple("abcdefghij"))[0]
+    config.mesh.fsdp = True
+    parts = starting.placed(classifier.init(0), starting.weights(config, classifier, tuple("0123456789"))[0])
+    shared = mesh.shardings(parts, classifier.mesh, fsdp=True)
+    different = jax.tree.map(lambda x, where: None if x.sharding == where else (x.sharding, where), parts, shared)
+    assert not jax.tree.leaves(different)
     assert "head/kernel" in starting.weights(config, classifier, tuple("0123456789"))[0]
     assert "position embedding resized from 4x4 to 6x6" in notes
     same = params.keys() - {pretrained.POSITIONS}

@@ -1,6 +1,10 @@
 """metrics.csv as a run's memory, and the lines of progress."""
 
 import io
+import json
+import math
+import os
+import pathlib
 
 import pytest
 
@@ -74,6 +78,28 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+def test_pipes_and_links_stay_what_they_are(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    writers.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    writers.write_text(tmp_path / "pipe", "through")
+    assert os.read(reader, 99) == b"through" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
+
+
+def test_where_no_file_can_be_made(tmp_path):
+    with pytest.raises(UserError, match="cannot write /proc/x.json"):
+        writers.write_json(pathlib.Path("/proc/x.json"), {})
+
+
+def test_json_has_no_numbers_that_it_cannot_hold(tmp_path):
+    writers.write_json(tmp_path / "x.json", {"a": [math.nan, 1.5], "b": {"c": (-math.inf, "d")}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5], "b": {"c": [None, "d"]}}
 
 
 def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(monkeypatch):

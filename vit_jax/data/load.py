@@ -22,7 +22,7 @@ import numpy as np
 
 from vit_jax.data import cache, sources
 from vit_jax.data.cache import Split, channel_statistics
-from vit_jax.errors import RunError, UserError
+from vit_jax.errors import FULL, RunError, UserError
 
 TFDS_NAMES = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn_cropped", "tiny_imagenet": "tiny_imagenet"}
 SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny_imagenet": 64}  # of their pictures, in pixels
@@ -351,7 +351,7 @@ def build(
             if splits is None:
                 splits = _build(request)
     except OSError as error:
-        if error.errno in sources.FULL_DISK:
+        if error.errno in FULL:
             raise RunError(
                 f"no space left for {name} in {request.data_dir}: free some or choose another data_dir"
             ) from error

@@ -22,15 +22,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from vit_jax.errors import UserError
+from vit_jax.errors import FULL, UserError
 
 EXTENSIONS = frozenset("jpg jpeg jfif png webp bmp gif tif tiff ppm pgm".split())
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 BATCH = 256  # pictures decoded at a time: enough to keep the threads busy, little memory
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names, by channels
 PROBE_SECONDS = 5
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-DISK_ERRORS = (*FULL_DISK, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+DISK_ERRORS = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 Encoded = str | os.PathLike | BinaryIO
 
@@ -54,6 +53,8 @@ def decode(file: Encoded, image_size: int | None = None, mode: str = "RGB") -> n
 
     Returns uint8 [H, W, C]. Raises whatever Pillow raises on an unreadable picture, or one of 180 million pixels.
     """
+    if isinstance(file, str | os.PathLike) and os.path.exists(file) and not os.path.isfile(file):
+        raise OSError("a pipe, a device or a folder")  # of which reading might never end
     with Image.open(file, formats=_formats()) as image:
         if image_size is not None:
             image.draft(None, (2 * image_size, 2 * image_size))  # a JPEG far too large is decoded at a fraction

@@ -16,11 +16,11 @@ class Stream:
     need be saved.
 
     Attributes:
-      rows: the part of each batch that this process reads.
+      rows: which of each batch this process reads, int [R].
       ahead: how many batches are read before they are asked for.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, order: BatchIndices, rows: slice, ahead: int):
+    def __init__(self, images: np.ndarray, labels: np.ndarray, order: BatchIndices, rows: np.ndarray, ahead: int):
         import grain  # it takes a second, which runs on resident pictures need not wait
 
         def read(step):

@@ -14,7 +14,7 @@ from vit_jax.data.load import SIDES, Split
 from vit_jax.errors import UserError
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup
-from vit_jax.training.step import TABLE_STEPS, abstract_state, make_train_steps, pick_resident
+from vit_jax.training.step import TABLE_STEPS, Probe, abstract_state, make_train_steps, pick_resident
 
 # Training pictures and classes of the sets whose shape is known without having them.
 EXAMPLES = {"cifar10": (50_000, 10), "cifar100": (50_000, 100), "svhn": (73_257, 10), "tiny_imagenet": (100_000, 200)}
@@ -37,7 +37,7 @@ def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
 
     Returns:
       devices; bytes_per_chip: state, pictures and what a step needs besides; flops_per_chip: of a step, as the compiler
-      counts them; collectives: how many of each kind the program has.
+      counts those of one part of the batch, times the parts; collectives: how many of each kind the program has.
 
     Raises:
       UserError: there is no such topology or no libtpu, or the config does not fit it.
@@ -51,7 +51,7 @@ def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
     return {
         "devices": f"{arguments[0].step.sharding.num_devices} x {devices[0].device_kind}",
         "bytes_per_chip": used - memory.alias_size_in_bytes,
-        "flops_per_chip": compiled.cost_analysis()["flops"],
+        "flops_per_chip": compiled.cost_analysis()["flops"] * config.optim.accumulate,
         "collectives": {name: number for name, number in found.items() if number},
     }
 
@@ -63,7 +63,9 @@ def training_dispatch(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrappe
     config.data.resident = "always"
     plan, _ = setup.make_plan(config, len(train.labels))
     classifier = setup.make_classifier(config, len(train.class_names), mesh)
-    task, _ = setup.make_task(config, classifier, plan, setup.make_rules(config, classifier))
+    rules = setup.make_rules(config, classifier)
+    classifier = setup.as_probe(config, classifier, rules)
+    task, _ = setup.make_task(config, classifier, plan, rules)
     each = meshes.replicated(mesh)
     lying = meshes.batch_sharded(mesh) if setup.placement(config, train, mesh) == "shared" else each
     count = len(train.labels) + -len(train.labels) % mesh.shape["data"]
@@ -71,7 +73,10 @@ def training_dispatch(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrappe
     def at(shape, dtype, where):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    data = [at((count, *train.images.shape[1:]), np.uint8, lying), at((count,), np.int32, lying)]
+    picture, dtype = train.images.shape[1:], "uint8"
+    if isinstance(classifier, Probe):
+        picture, dtype = (config.model.width,), "float32"
+    data = [at((count, *picture), dtype, lying), at((count,), np.int32, lying)]
     data += [at((TABLE_STEPS, config.train.batch_size), np.int32, each)]
     program = make_train_steps(task, classifier.image_size, pick_resident)
     return program, (abstract_state(task), at((), np.int32, each), *data)

@@ -17,7 +17,7 @@ from flax import traverse_util
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
 
 from vit_jax import errors
-from vit_jax.errors import UserError
+from vit_jax.errors import RunError, UserError
 from vit_jax.training import processes
 from vit_jax.training.step import TrainState
 from vit_jax.training.writers import write_json
@@ -35,7 +35,8 @@ class Damaged(UserError):
 class Checkpoints:
     """The checkpoints of one workdir. Writing is atomic and in the background; `close` waits for it.
 
-    All processes of a run write together, and each reads by itself where it is `read_only`.
+    All processes of a run write together and restore the same step, of which the first one says that it is whole; each
+    reads by itself where it is `read_only`.
 
     A checkpoint may carry a score (the held-out accuracy); the latest `keep` ones and the best one are kept. Each holds
     the checksums of its files, for the library does not notice every damaged file.
@@ -45,6 +46,7 @@ class Checkpoints:
         absl.logging.set_verbosity(absl.logging.FATAL)  # orbax warns of ordinary doings, and prints what it raises
         self.folder = workdir / "checkpoints"
         self._writes = not read_only and processes.is_first()  # what is beside orbax's own
+        self._read_only = read_only
         alone = jax.process_index()
         together = ocp.options.MultiprocessingOptions()
         if read_only:
@@ -229,16 +231,23 @@ class Checkpoints:
             _sum_up(folder, [path for path in _files(folder) if path.parent != folder])
 
     def check(self, step: int) -> None:
-        """Raises Damaged where a file of `step` is not as it was written."""
-        folder = self.folder / str(step)
-        sums = _sums(folder)
-        if sums is None or step in self._verified:  # None: not known, as of another version
+        """Raises Damaged where a file of `step` is not as it was written, RunError where that cannot be told now."""
+        if step in self._verified:
             return
-        damaged = [name for name, value in sums.items() if _sha256(folder / name) != value]
-        if damaged or not sums:
-            name = damaged[0] if damaged else CHECKSUMS
-            raise Damaged(f"checkpoint {folder} is damaged ({name} is not as it was written)")
-        self._verified.add(step)
+        folder = self.folder / str(step)
+        try:
+            name = _damaged(folder) if self._writes or self._read_only else ""
+        except OSError as error:
+            if errors.expected(error):
+                raise
+            raise RunError(
+                f"checkpoint {folder} cannot be read now ({error}): run the same command again, or move it away"
+            ) from error
+        known, damaged = (x if self._read_only else processes.of_first(x) for x in (name is not None, bool(name)))
+        if damaged:
+            raise Damaged(f"checkpoint {folder} is damaged ({name or 'a file'} is not as it was written)")
+        if known:
+            self._verified.add(step)
 
     def _restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
         self.check(step)
@@ -253,11 +262,11 @@ class Checkpoints:
     def _unreadable(self, step: int, error: Exception) -> UserError:
         reason = str(error).strip().split("\n")[0][:200]
         message = f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {reason})"
-        if step not in self._verified:
+        known = step in self._verified
+        if not known and (self._read_only or jax.process_count() == 1):  # else others may have read it
             return Damaged(message)
-        return UserError(
-            f"{message}: its files are as they were written, so perhaps by another version: give another --workdir"
-        )
+        files = "its files are as they were written" if known else "it has no checksums"
+        return UserError(f"{message}: {files}, so perhaps by another version: give another --workdir")
 
 
 def _without_echoes(unraisable: Any) -> None:
@@ -292,6 +301,16 @@ def _sums(folder: pathlib.Path) -> dict[str, str] | None:
     return found if isinstance(found, dict) else {}
 
 
+def _damaged(folder: pathlib.Path) -> str | None:
+    """The first file that is not as it was written, "" where all are; None where that is not known."""
+    sums = _sums(folder)
+    if sums is None:  # as of another version
+        return None
+    if not sums:
+        return CHECKSUMS
+    return next((name for name, value in sums.items() if _sha256(folder / name) != value), "")
+
+
 def _sum_up(folder: pathlib.Path, files: Iterable[pathlib.Path]) -> None:
     """Adds those of the files to the checksums in `folder` that have none yet."""
     sums = _sums(folder)
@@ -307,11 +326,11 @@ def _free(path: pathlib.Path) -> pathlib.Path:
 
 
 def _sha256(path: pathlib.Path) -> str:
-    """Empty where there is no such file, or none that can be read."""
+    """Empty where there is no such file."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except FileNotFoundError:
         return ""
 
 

@@ -43,6 +43,7 @@ class Lock:
 
     Raises:
       UserError: another process trains there.
+      RunError: another process takes over there right now.
     """
 
     def __init__(self, workdir: pathlib.Path):
@@ -56,8 +57,8 @@ class Lock:
         self._beating.start()
 
     def check(self) -> None:
-        """Raises RunError where another process took over, for this one was suspended too long."""
-        if _read(self.path) not in (self._mine, None):
+        """Raises RunError where the lock is another's by now, or gone with it: this process was suspended too long."""
+        if _read(self.path) != self._mine:
             raise RunError(f"another process took over {self.path.parent} while this one was suspended: it stops")
 
     def close(self) -> None:
@@ -76,6 +77,11 @@ class Lock:
                     os.utime(self.path)
 
 
+def holder(workdir: pathlib.Path) -> str | None:
+    """What the lock in `workdir` says; None where there is none."""
+    return _read(workdir / NAME)
+
+
 def _acquire(path: pathlib.Path, mine: str) -> None:
     """Writes `mine` to the lock at `path` once nobody holds it; of several that take it over, one can claim it."""
     while not _create(path, mine):
@@ -84,14 +90,15 @@ def _acquire(path: pathlib.Path, mine: str) -> None:
             continue
         claim = path.with_name(f"{path.name}.{hashlib.sha256(dead.encode()).hexdigest()[:16]}")
         if not _create(claim, mine):
-            raise UserError(
-                f"another process takes over {path.parent} now: wait for it; if there is none, remove {claim}"
-            )
+            if (seen := _look(claim)) and _now(path.parent) - seen[1] <= PATIENCE:
+                raise RunError(f"another process takes over {path.parent} now: run the same command again")
+            claim.unlink(missing_ok=True)  # of one that was killed meanwhile
+            continue
         try:
             if _read(path) == dead:
                 return write_text(path, mine)
         finally:
-            claim.unlink()
+            claim.unlink(missing_ok=True)
 
 
 def _await_death(path: pathlib.Path) -> str | None:
@@ -100,12 +107,13 @@ def _await_death(path: pathlib.Path) -> str | None:
     Raises:
       UserError: the process is alive.
     """
-    first = None
+    first, waited = None, 0
     while (seen := _look(path)) is not None:
         text, beat = seen
         process = _parse(text)
         alive = process and is_alive(process)
-        left = PATIENCE - (_now(path.parent) - beat)
+        silent = max(_now(path.parent) - beat, waited)  # a clock may be wrong
+        left = PATIENCE - silent
         if alive is False or left < 0:
             return text
         if alive or first not in (None, seen):  # it gave a sign of life
@@ -115,6 +123,7 @@ def _await_death(path: pathlib.Path) -> str | None:
             print(f"{path} is of a process that may be dead: waiting {left:.0f} s for a sign of life", file=sys.stderr)
         first = seen
         time.sleep(1)
+        waited += 1
     return None
 
 

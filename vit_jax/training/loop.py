@@ -26,7 +26,7 @@ from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.cost import flops_per_image
 from vit_jax.training.dispatch import Dispatcher, featured
-from vit_jax.training.lock import Lock
+from vit_jax.training.lock import Lock, holder
 from vit_jax.training.optim import EVERYTHING, Rules, rule_table
 from vit_jax.training.setup import Plan
 from vit_jax.training.signals import Signals, caught
@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, command: str = "") -> dict[
       RunError: the loss or its gradient is not finite, or a device has too little memory.
       Stopped: a signal came; the run was saved.
     """
-    with caught() as signals, contextlib.ExitStack() as stack, _sizes_named(config):
+    with caught(processes.end_all) as signals, contextlib.ExitStack() as stack, _sizes_named(config):
         return _train(config, workdir, command, signals, stack)
 
 
@@ -91,15 +91,17 @@ def _train(
     config: ConfigDict, workdir: pathlib.Path, command: str, signals: Signals, stack: contextlib.ExitStack
 ) -> dict[str, Any]:
     """`train`; what is opened for all of it is closed by `stack`."""
+    processes.see_same("workdir", lambda: runs.contents(workdir))
     config = runs.same_run(setup.resolve_model(config), workdir)
-    processes.check_same("config or workdir", [to_dict(config), runs.contents(workdir)])
+    processes.check_same("config", to_dict(config))
     if (summary := runs.read_summary(workdir)) is not None:
         print(f"the run in {workdir} is finished: nothing to do")
         return summary
     meshes.enable_compilation_cache()
     mesh = meshes.make_mesh(config.mesh.data, config.mesh.model)
     if new := not runs.has_checkpoints(workdir):
-        config = starting.resolve(config)
+        with processes.first_goes_first("weights"):  # of a URL it fetches them
+            config = starting.resolve(config)
     with processes.first_goes_first("data"):
         splits = setup.load_data(config)
     config = runs.same_run(setup.resolve_data(config, splits.train, mesh), workdir)
@@ -116,13 +118,16 @@ def _train(
         notes += origin
 
     lock = stack.enter_context(contextlib.closing(Lock(workdir))) if processes.is_first() else None
+    processes.wait("lock")
+    processes.see_same("workdir", lambda: [holder(workdir), runs.contents(workdir)])
     if runs.has_checkpoints(workdir) == new or runs.read_summary(workdir):
-        raise UserError(f"another process trained in {workdir} meanwhile: run the same command again")
+        raise RunError(f"another process trained in {workdir} meanwhile: run the same command again")
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)))
     tracking = stack.enter_context(contextlib.closing(Tracking(workdir, config)))
     notes += tracking.notes
     state, seconds = _new_state(task, initial) if new else checkpoints.restore_newest(abstract_state(task))
     step = int(state.step)
+    _check_allowed(config, int(state.skipped))
     print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     if rules != EVERYTHING:
         print(rule_table(rules, state.params))
@@ -162,9 +167,10 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
     step, batch_size = int(state.step), config.train.batch_size
     done = jax.device_get(state.progress)  # the state itself is given away
     clock = Clock(seconds)
-    progress = Progress(step, plan.total, batch_size, None if processes.is_first() else open(os.devnull, "w"))
     vote = processes.Vote()
-    with contextlib.closing(progress):
+    file = None if processes.is_first() else open(os.devnull, "w")
+    progress = Progress(step, plan.total, batch_size, file)
+    with file or contextlib.nullcontext(), contextlib.closing(progress):
         while step < plan.total and not metrics.patience_is_over(config.train.patience):
             stop = plan.next_stop(step, config.train.steps_per_call)
             clock.count(stop - step)
@@ -233,6 +239,15 @@ def _mean_loss(sums: Mapping[str, Any]) -> float | None:
     return float(sums["loss"]) / examples if examples else None
 
 
+def _check_allowed(config: ConfigDict, skipped: int) -> None:
+    """Raises UserError where a run that goes on has skipped more updates than its config allows by now."""
+    if skipped > config.train.skip_nonfinite:
+        raise UserError(
+            f"train.skip_nonfinite={config.train.skip_nonfinite}, but the run skipped {skipped} updates "
+            "so far: give at least that many"
+        )
+
+
 def _check_unfrozen(run: Run, done: Mapping[str, Any]) -> None:
     """Raises RunError where a dispatch met a step that may not be skipped."""
     if done["skipped"] > run.config.train.skip_nonfinite:
@@ -249,7 +264,7 @@ def _diverged(run: Run, what: str, done: Mapping[str, Any]) -> RunError:
     rate = _rate(run, int(done["step"]), run.config.train.skip_nonfinite)
     return RunError(
         f"the {what} not finite at step {done['step']} (learning rate {rate:.3g}, gradient norm {done['norm']:.3g}); "
-        "the checkpoint before is kept; lower optim.learning_rate or set optim.clip_norm in a new --workdir, or "
+        "checkpoints before it are kept; lower optim.learning_rate or set optim.clip_norm in a new --workdir, or "
         "leave out up to N such updates with train.skip_nonfinite=N"
     )
 

@@ -128,26 +128,30 @@ def place(tree: Any, mesh: Mesh, sharding: NamedSharding | None = None) -> Any:
     return jax.tree.map(one, tree)
 
 
-def own_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The rows of a batch that lie on this process's devices."""
+def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices, sorted: on a pod not always one after the other."""
     cuts = part_sharded(mesh).addressable_devices_indices_map((1, batch_size)).values()
-    bounds = [cut[1].indices(batch_size)[:2] for cut in cuts if cut is not None]
-    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+    return np.unique(np.concatenate([np.arange(batch_size)[cut[1]] for cut in cuts if cut is not None]))
 
 
 def place_parts(tree: Any, batch_size: int, mesh: Mesh) -> Any:
     """Puts host arrays on the devices: of batches [T, B, ...] the `own_rows` of each, which its devices share."""
+    rows = own_rows(batch_size, mesh)
 
     def put(x):
-        return jax.make_array_from_process_local_data(part_sharded(mesh), x, (len(x), batch_size, *x.shape[2:]))
+        def shard(index):
+            start, stop, _ = index[1].indices(batch_size)
+            first = np.searchsorted(rows, start)
+            return x[:, first : first + stop - start]
+
+        return jax.make_array_from_callback((len(x), batch_size, *x.shape[2:]), part_sharded(mesh), shard)
 
     return jax.tree.map(put, tree)
 
 
-def free_bytes(mesh: Mesh) -> int:
-    """What a device has for pictures: half of its memory; where it does not say how much that is, 8 GiB."""
-    stats = mesh.local_devices[0].memory_stats() or {}
-    return stats.get("bytes_limit", 16 * 2**30) // 2
+def memory_bytes(mesh: Mesh) -> int:
+    """The memory of a device; 16 GiB where it does not say how much that is."""
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", 16 * 2**30)
 
 
 def place_examples(tree: Any, mesh: Mesh) -> Any:
@@ -157,7 +161,13 @@ def place_examples(tree: Any, mesh: Mesh) -> Any:
     """
 
     def shared(x):
-        missing = -len(x) % mesh.shape["data"]
-        return np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) if missing else np.asarray(x)
+        share = -(-len(x) // mesh.shape["data"])
 
-    return place(jax.tree.map(shared, tree), mesh, batch_sharded(mesh))
+        def shard(index):
+            part = x[index]  # all of `x` may be more than memory holds
+            missing = share - len(part)
+            return np.concatenate([part, np.repeat(x[-1:], missing, axis=0)]) if missing else part
+
+        return jax.make_array_from_callback((share * mesh.shape["data"], *x.shape[1:]), batch_sharded(mesh), shard)
+
+    return jax.tree.map(shared, tree)

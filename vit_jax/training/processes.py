@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,13 +28,17 @@ from vit_jax.errors import INTERRUPTED, RunError, Stopped, UserError, expected
 
 JOIN_SECONDS = 300  # for all processes to start
 PAUSE_SECONDS = 1  # between looks at how the others are
+SEEN_SECONDS = 60  # after which a network filesystem shows all of them what one wrote
 SILENT_SECONDS = 15  # a process of which nothing was heard for so long is gone
 HEARTBEAT_SECONDS = 40  # the same for jax itself, which ends the process with less to say
 LONG = 7 * 24 * 3600 * 1000  # milliseconds: others' work may take its time, and whoever dies meanwhile ends all
 FAILED, ALIVE = "vit_jax/failed/", "vit_jax/alive/"
 GO_ON = "the same command, in all processes, goes on from the last checkpoint"
 # What devices say of a process that is gone: gloo's words, NCCL's, and the coordination service's.
-GONE = re.compile(r"gloo|nccl|connection (closed|reset)|coordination service|UNAVAILABLE|heartbeat", re.IGNORECASE)
+GONE = re.compile(
+    r"gloo|nccl.*(remote|abort|connection)|connection (closed|reset)|coordination service|UNAVAILABLE|heartbeat",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def is_first() -> bool:
@@ -55,8 +59,8 @@ def joined(coordinator: str | None, count: int | None, index: int | None) -> Ite
       index: which one this is, 0 to count - 1.
 
     Raises:
-      UserError: the arguments do not fit together, or the others cannot be reached.
-      RunError: another process is gone.
+      UserError: the arguments do not fit together, or there is no cluster to ask.
+      RunError: the others cannot be reached, or one of them is gone.
     """
     client = _join(coordinator, count, index)
     if client is None:
@@ -106,13 +110,36 @@ def of_first(value: float) -> float:
 
 def check_same(what: str, value: Any) -> None:
     """Raises UserError in the processes where `value`, of what JSON can hold, is not what the first one has."""
-    digest = np.frombuffer(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest(), np.uint8)
-    digest = digest.astype(np.int32)
-    if not np.array_equal(digest, multihost_utils.broadcast_one_to_all(digest)):
+    if jax.process_index() in _differing(value):
         raise UserError(
-            f"process {jax.process_index()} has another {what} than process 0: give all the same command, and a "
-            "workdir and data on a filesystem that all share"
+            f"process {jax.process_index()} has another {what} than process 0: give all the same command and data"
         )
+
+
+def see_same(what: str, read: Callable[[], Any]) -> None:
+    """Waits until `read` gives in all processes what it gives in the first, of what JSON can hold.
+
+    A network filesystem may show the others later what one wrote.
+
+    Raises:
+      RunError: there still is a difference after a minute.
+    """
+    for _ in range(SEEN_SECONDS):
+        if not (differing := _differing(read())):
+            return
+        time.sleep(1)
+    raise RunError(
+        f"process {differing[0]} sees another {what} than process 0 after {SEEN_SECONDS} seconds: give all the same "
+        "--workdir, on a filesystem that all share, and run the same command again"
+    )
+
+
+def end_all(code: int, message: str) -> bool:
+    """Ends all processes of the run, this one too, in a moment; False where this one is alone."""
+    if global_state.client is None:
+        return False
+    _tell(global_state.client, global_state.process_id, code, message)
+    return True
 
 
 class Vote:
@@ -158,10 +185,14 @@ def _join(coordinator: str | None, count: int | None, index: int | None) -> Any:
             initialization_timeout=2 * JOIN_SECONDS,  # then it aborts the process
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError, OSError) as error:
+    except ValueError as error:
         raise UserError(
             f"no other processes are found here ({_first_line(error)}): give each --coordinator HOST:PORT of process "
             "0, --num_processes and --process_id"
+        ) from error
+    except (RuntimeError, OSError) as error:
+        raise RunError(
+            f"the processes did not meet ({_first_line(error)}): run the same command again, in all"
         ) from error
     finally:
         give_up.cancel()
@@ -187,7 +218,15 @@ def _check(coordinator: str, count: int | None, index: int | None) -> None:
 
 def _give_up(where: str) -> None:
     print(f"error: not all processes met at {where} within {JOIN_SECONDS} seconds: start all", file=sys.stderr)
-    _exit(UserError.exit_code)
+    _exit(RunError.exit_code)
+
+
+def _differing(value: Any) -> list[int]:
+    """The processes that have another value than the first."""
+    digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+    mine = np.frombuffer(digest, np.uint8).astype(np.int32)
+    each = np.reshape(multihost_utils.process_allgather(mine), (-1, mine.size))
+    return np.flatnonzero((each != each[0]).any(axis=1)).tolist()
 
 
 # Ending
@@ -229,16 +268,19 @@ def _watch(ending: threading.Lock, over: threading.Event, client: Any) -> None:
     if failed and ending.acquire(blocking=False):
         key, value = failed[0]
         code, message = json.loads(value)
-        print(f"error: process {key.removeprefix(FAILED)} ended: {message}", file=sys.stderr, flush=True)
+        label = "stopped" if code == Stopped.exit_code else "error"
+        print(f"{label}: process {key.removeprefix(FAILED)} ended: {message}", file=sys.stderr, flush=True)
         _linger()
         _exit(code)
 
 
 def _of_another(error: BaseException | None) -> BaseException | None:
-    """What devices or jax say of another process that is gone, where that led to `error`."""
-    while error is not None and not (isinstance(error, RuntimeError | ValueError) and GONE.search(str(error))):
+    """What devices or jax say of another process that is gone, where that and nothing known led to `error`."""
+    while error is not None and not (isinstance(error, Exception) and expected(error)):
+        if isinstance(error, RuntimeError | ValueError) and GONE.search(str(error)):
+            return error
         error = error.__cause__ or error.__context__
-    return error
+    return None
 
 
 def _tell_who_is_gone(client: Any, pulses: dict[str, tuple[str, float]]) -> None:

@@ -19,7 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
 from vit_jax.models.pretrained import Facts
 from vit_jax.models.vit import VisionTransformer
-from vit_jax.training import dispatch
+from vit_jax.training import dispatch, processes
 from vit_jax.training import mesh as meshes
 from vit_jax.training.optim import (
     EVERYTHING,
@@ -37,6 +37,8 @@ MOST_STEPS = 2**31 - 1  # the step is an int32
 MOST_EVENTS = 1_000_000  # evaluations, or checkpoints, of a run
 SMALLEST_EVALUATION = 64  # pictures at once
 MOST_ON_EACH = 2 * 2**30  # bytes of training pictures that every device has all of
+MOST_OF_MEMORY = 1 / 2  # of a device, that training pictures take
+MOST_WATCHED = 1 / 8  # of each device, that pictures to evaluate on take
 MODEL_DEFAULTS = {"gelu": "tanh", "norm_epsilon": 1e-6}  # where nothing else is known of the weights
 
 
@@ -157,9 +159,16 @@ def placement(config: ConfigDict, split: Split, mesh: Mesh) -> str:
     how, size = config.mesh.shard_data, split.images.nbytes
     shared = how == "always" or how == "auto" and size > MOST_ON_EACH
     share = size // mesh.shape["data"] if shared else size
-    if config.data.resident == "never" or config.data.resident == "auto" and share > meshes.free_bytes(mesh):
+    if _streamed(config, share, MOST_OF_MEMORY, mesh):
         return "streamed"
     return "shared" if shared else "whole"
+
+
+def _streamed(config: ConfigDict, size: int, most: float, mesh: Mesh) -> bool:
+    """Whether pictures that would take `size` bytes of each device are read from the disk when they are needed."""
+    if config.data.resident == "auto":
+        return size > most * processes.of_first(meshes.memory_bytes(mesh))  # so that all decide the same
+    return config.data.resident == "never"
 
 
 def make_plan(config: ConfigDict, examples: int) -> tuple[Plan, list[str]]:
@@ -218,7 +227,7 @@ def make_classifier(config: ConfigDict, num_classes: int, mesh: Mesh) -> Classif
 
 def make_evaluator(config: ConfigDict, classifier: Classifier, split: Split) -> Callable[[Any], dict[str, np.ndarray]]:
     """See `dispatch.make_evaluator`."""
-    streamed = placement(config, split, classifier.mesh) == "streamed"
+    streamed = _streamed(config, split.images.nbytes, MOST_WATCHED, classifier.mesh)
     return dispatch.make_evaluator(classifier, split, evaluation_size(config), streamed)
 
 

@@ -5,10 +5,11 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vit_jax.errors import INTERRUPTED, INTERRUPTION, Stopped
 
+NOTHING_TO_SAVE = "nothing was left to save; the same command goes on"
 ASKING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -17,9 +18,13 @@ class Signals:
 
     A thread notes them: Python's own handlers wait for what the main thread is in, a dispatch or a compilation. It can
     end the process at any moment, for a run survives kill -9.
+
+    Args:
+      end_all: ends all processes of the run, with an exit code and a message; False where this one is alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, end_all: Callable[[int, str], bool]) -> None:
+        self._end_all = end_all
         self._received: list[int] = []
         self._saving = False
 
@@ -40,8 +45,9 @@ class Signals:
         self._received.append(number)
         if self._received.count(signal.SIGINT) > 1:
             _leave(INTERRUPTED, INTERRUPTION)
-        if not self._saving and number != signal.SIGINT:
-            _leave(Stopped.exit_code, "nothing was left to save; the same command goes on")
+        stopped = (Stopped.exit_code, NOTHING_TO_SAVE)
+        if not self._saving and number != signal.SIGINT and not self._end_all(*stopped):
+            _leave(*stopped)
 
     def interrupt(self, number: int, _) -> None:
         """The handler in the main thread: Ctrl-C is as usual where nothing is to be saved."""
@@ -50,9 +56,9 @@ class Signals:
 
 
 @contextlib.contextmanager
-def caught() -> Iterator[Signals]:
-    """Catches signals that ask to stop; in the main thread."""
-    signals = Signals()
+def caught(end_all: Callable[[int, str], bool] = lambda code, message: False) -> Iterator[Signals]:
+    """Catches signals that ask to stop; in the main thread. See `Signals`."""
+    signals = Signals(end_all)
     reading, writing = socket.socketpair()
     writing.setblocking(False)
 

@@ -1,12 +1,12 @@
 """The weights that a run starts from: those that `init.checkpoint` names, a file's or another run's."""
 
 import contextlib
-import errno
 import functools
 import hashlib
 import os
 import pathlib
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +18,7 @@ from fsspec.callbacks import TqdmCallback
 from ml_collections import ConfigDict
 
 from vit_jax.data.load import Splits
-from vit_jax.errors import DENIED, UserError
+from vit_jax.errors import DENIED, FULL, UserError
 from vit_jax.models import pretrained
 from vit_jax.models.archives import Stored
 from vit_jax.models.pretrained import Facts, Source
@@ -55,7 +55,9 @@ def weights(
     Raises:
       UserError: the weights cannot be had, or do not fit.
     """
-    like = traverse_util.flatten_dict(meshes.with_sharding(classifier.shapes(), classifier.mesh), sep="/")
+    like = traverse_util.flatten_dict(
+        meshes.with_sharding(classifier.shapes(), classifier.mesh, config.mesh.fsdp), sep="/"
+    )
     side = classifier.image_size // classifier.model.patch_size
     with opened(config.init.checkpoint) as source:
         skip, notes = tuple(config.init.skip), []
@@ -141,7 +143,7 @@ def fetched(url: str) -> pathlib.Path:
     path = meshes.cache_folder() / "weights" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{name}"
     if path.exists():
         return path
-    part = path.with_name(f"{os.getpid()}-{path.name}")
+    part = path.with_name(f"{uuid.uuid4().hex}-{path.name}")  # another container has the same process id
     try:
         files, remote = fsspec.url_to_fs(url)
         if files.isdir(remote):
@@ -156,7 +158,7 @@ def fetched(url: str) -> pathlib.Path:
     except ImportError as error:
         raise UserError(f'{url} needs another package: pip install "vit_jax[remote]" ({error})') from error
     except Exception as error:  # each of fsspec's file systems has errors of its own
-        if isinstance(error, OSError) and error.errno in (*DENIED, errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in (*DENIED, *FULL):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(

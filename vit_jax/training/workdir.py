@@ -66,9 +66,11 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
-def contents(workdir: pathlib.Path) -> list[str]:
-    """What a run that begins finds in its folder, as all of its processes must."""
-    return sorted(str(p.relative_to(workdir)) for pattern in ("*.json", "checkpoints/*") for p in workdir.glob(pattern))
+def contents(workdir: pathlib.Path) -> list[Any]:
+    """What a run that begins reads in its folder, as all of its processes must: config, newest step, if finished."""
+    steps = [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+    config = [path.read_text(errors="replace") for path in workdir.glob("config.json")]
+    return [config, max(steps, default=None), (workdir / "summary.json").exists()]
 
 
 def read_summary(workdir: pathlib.Path) -> dict[str, Any] | None:

@@ -4,11 +4,12 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TextIO
 
 from tqdm import tqdm
@@ -34,10 +35,22 @@ Row = dict[str, Any]  # a number a column, None where there is none
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file to write, which then replaces `path` as a whole: after a crash there is the old one or the new one."""
+    """A file to write, which then replaces `path` as a whole: after a crash there is the old one or the new one.
+
+    A pipe or a device is written to, and a link keeps leading to its file.
+    """
+    if path.exists() and not path.is_file():
+        with path.open("wb") as pipe:
+            yield pipe
+        return
+    path = path.resolve()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with part.open("wb+") as file:
+        try:
+            file = part.open("wb+")
+        except FileNotFoundError as error:
+            raise UserError(f"cannot write {path}: {path.parent} takes no new files; give another path") from error
+        with file:
             yield file
         os.replace(part, path)
     finally:
@@ -50,7 +63,16 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    write_text(path, json.dumps(values, indent=1) + "\n")
+    """What is not finite, which JSON cannot hold, becomes null."""
+    write_text(path, json.dumps(_finite(values), indent=1) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Any]) -> None:
