@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import json
 import os
 import pathlib
 import shutil
@@ -34,12 +35,42 @@ def test_scripts_pass_shellcheck():
 
 @pytest.mark.parametrize(
     "call",
-    ["local.sh", "local.sh 2", "local.sh two configs/digits.py", "slurm.sbatch", "tpu_vm.sh", "tpu_vm.sh run"],
+    [
+        "local.sh",
+        "local.sh 2",
+        "local.sh two configs/digits.py",
+        "slurm.sbatch",
+        "tpu_vm.sh",
+        "tpu_vm.sh run",
+        "gpu_benchmark.sh a b",
+    ],
 )
 def test_what_is_missing_is_wrong_input(call):
     name, *arguments = call.split()
     error = run("bash", ROOT / "launch" / name, *arguments, code=2).stderr
     assert error.startswith("error: usage: ") and len(error.splitlines()) == 1
+
+
+def test_a_gpus_table_has_the_rows_that_were_made_and_says_what_failed(tmp_path):
+    """With a Python whose benchmark answers at once, and for ViT-B/16 with all of it not at all."""
+    row = {"batch_size": 7, "images_per_second": 123.4, "milliseconds_per_step": 5.0, "spread": 0.1, "mfu": None}
+    rows = [row | {"compile_seconds": 8.5, "peak_memory_bytes": None}]
+    python = f"""#!/bin/bash
+    if [[ $1 != -m ]]; then exec {sys.executable} "$@"; fi
+    while [[ $1 != --json ]]; do shift; done
+    if [[ $2 == */base.json ]]; then exit 1; fi
+    echo '{json.dumps(rows)}' > "$2"
+    """
+    (tmp_path / "python").write_text(python)
+    (tmp_path / "python").chmod(0o755)
+    folder = tmp_path / "out"
+    said = run("launch/gpu_benchmark.sh", folder, code=1, PYTHON=str(tmp_path / "python")).stdout.splitlines()
+    header = next(i for i, line in enumerate(said) if line.startswith("run "))
+    assert f"base: exit code 1, see {folder}/base.log" in said[:header]
+    names = ["tiny_bare", "small_bare", "base_bare", "tiny", "small", "tiny_sweep"]
+    assert [line.split()[:5] for line in said[header + 1 :]] == [[name, "ours", "7", "123", "5.00"] for name in names]
+    late = run("launch/gpu_benchmark.sh", folder, code=2, MINUTES="many").stderr
+    assert late.startswith("error: MINUTES=many") and len(late.splitlines()) == 1
 
 
 # TPU VM

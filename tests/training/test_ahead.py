@@ -45,7 +45,3 @@ def test_training_can_be_lowered_for_cuda_without_a_gpu(name):
 def test_a_topology_that_there_is_not():
     with pytest.raises(UserError, match="cannot compile for v5e:nine"):
         ahead.compile_ahead(default_config(), "v5e:nine")
-
-
-def test_what_is_needed_is_named(commands):
-    assert "--aot is needed" in commands.fails("benchmark", "--config", "configs/digits.py")

@@ -179,7 +179,7 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
             stopping = vote(run.signals.stop())  # in all processes at the same step
             pause = stopping or step in plan.evaluations or step in plan.checkpoints
             # Without a pause, look at the dispatch before: to wait for this one would idle the device.
-            seen = done if pause else before
+            seen = jax.device_get(done if pause else before)
             _check_unfrozen(run, seen)
             progress.update(step, _mean_loss(seen["sums"]))
             if not pause:
@@ -190,7 +190,7 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
                 run.lock.check()
             evaluated = step in plan.evaluations
             if evaluated:
-                row = _row(run, done) | clock.rate(batch_size) | _validate(run, state)
+                row = _row(run, seen) | clock.rate(batch_size) | _validate(run, state)
                 metrics.add(row)
                 run.tracking.add(row)
                 progress.say(_describe(row, plan.total))
