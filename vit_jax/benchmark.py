@@ -78,6 +78,8 @@ def _rows(config: ConfigDict, named: dict[str, Any], import_seconds: float, args
 
     is_bare, pace = args.bare or args.peer, measuring.Pace(args.windows, args.seconds)
     subject = measuring.opened(measuring.bare(config) if is_bare else config)
+    if args.peer:
+        comparing.specification(subject)  # what it does not have is said before anything is timed
     row, training = measuring.measure(subject, pace, import_seconds)
     rows = [named | {"bare": is_bare} | row]
     if args.peer:
