@@ -230,7 +230,11 @@ FIELDS: dict[str, Field] = {
     "optim.schedule": choice("cosine", "after warm-up: to the final rate, or constant", "cosine", "linear", "constant"),
     "optim.final_learning_rate": real(0.0, "what cosine and linear schedules end at; at most optim.learning_rate"),
     "optim.clip_norm": real(0.0, "largest global gradient norm; 0: no clipping"),
-    "optim.accumulate": whole(1, "parts of a batch whose gradients are averaged, one after the other, in a step"),
+    "optim.accumulate": whole(
+        0,
+        "parts of a batch whose gradients are averaged, one after the other; 0: as many as fit a CPU's cache, else 1",
+        0,
+    ),
     # Weights that are averaged, saved and started from.
     "ema.decay": fraction(0.0, "exponential moving average of the weights, a step; 0: none"),
     "checkpoint.every": positive(1.0, "epochs between checkpoints"),
@@ -267,7 +271,10 @@ EITHER = {
     "optim.warmup_steps": "optim.warmup_epochs",
 }
 # Filled in from the data, or measured, where they are left at these defaults.
-AUTOMATIC = ("model.gelu", "model.norm_epsilon", "data.image_size", "data.mean", "data.std", "train.steps_per_call")
+AUTOMATIC = (
+    *("model.gelu", "model.norm_epsilon", "data.image_size", "data.mean", "data.std"),
+    *("train.steps_per_call", "optim.accumulate"),
+)
 # Their pictures mean something else when mirrored.
 SYMBOLS = ("digits", "svhn", "tfds:svhn_cropped", "tfds:mnist", "tfds:mnist_corrupted", "tfds:emnist", "tfds:kmnist")
 # Where and how a run runs: these may change between its start and its resume.
@@ -321,7 +328,7 @@ def check(config: ConfigDict) -> None:
         raise UserError("set one of train.epochs and train.steps")
     if optim.warmup_epochs is not None and optim.warmup_steps is not None:
         raise UserError("set only one of optim.warmup_epochs and optim.warmup_steps")
-    if train.batch_size % optim.accumulate:
+    if optim.accumulate and train.batch_size % optim.accumulate:
         raise UserError(f"train.batch_size={train.batch_size} is not divisible by optim.accumulate={optim.accumulate}")
     if model.width and model.num_heads and model.width % model.num_heads:
         raise UserError(f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}")

@@ -263,6 +263,22 @@ def test_a_model_that_cannot_be_is_refused_before_anything_is_written(fields, wo
         setup.make_classifier(config, 2, mesh.make_mesh(1))
 
 
+@pytest.mark.parametrize(
+    "fields, parts",
+    [
+        ({"model.width": 64, "train.batch_size": 64}, 1),  # 16 tokens: 256 pictures would do
+        ({"model.width": 1024, "train.batch_size": 60}, 4),  # 16 pictures would do: 15 divide the batch
+        ({"model.width": 2**16, "train.batch_size": 60}, 10),  # at least 8 would do: 6 divide it
+        ({"model.width": 2**16, "train.batch_size": 60, "optim.accumulate": 2}, 2),
+    ],
+)
+def test_a_batch_is_cut_for_a_cpus_cache(fields, parts):
+    config = setup.resolve_model(parse(f"{CONFIGS}/digits.py", [f"--config.{k}={v}" for k, v in fields.items()])[0])
+    images = np.arange(2 * 64, dtype=np.uint8).reshape(2, 8, 8, 1)
+    split = Split(images, np.zeros(2, np.int32), ("a", "b"), (0.4,), (0.2,))
+    assert setup.resolve_data(config, split, mesh.make_mesh(1)).optim.accumulate == parts
+
+
 def test_a_home_that_nobody_has():
     with pytest.raises(UserError, match="~nobody_of_this_name/x"):
         setup.expanded("~nobody_of_this_name/x")

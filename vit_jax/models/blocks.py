@@ -74,19 +74,20 @@ class SelfAttention(nn.Module):
         # By head, for heads may lie on several devices: [D, H, 3, Dh] as a matrix, whose product is plain and so fast.
         kernel = jnp.stack(kernels, axis=2).astype(self.dtype).reshape(width, 3 * width)
         bias = jnp.stack(biases, axis=1).astype(self.dtype).reshape(3 * width)
-        qkv = (x.reshape(batch * tokens, width) @ kernel + bias).reshape(batch, tokens, heads[0], 3, heads[1])
-        q, k, v = jnp.moveaxis(qkv, 3, 0)  # [B, N, H, Dh] each
+        qkv = (x.reshape(batch * tokens, width) @ kernel + bias).reshape(batch, tokens, heads[0], 3 * heads[1])
+        q, k, v = jnp.split(qkv, 3, axis=-1)  # [B, N, H, Dh] each
         if self.qk_norm:  # Dehghani et al. 2023 (arXiv 2302.05442): keeps the scores small however long training runs
             norm = functools.partial(nn.LayerNorm, epsilon=self.norm_epsilon, use_bias=False, dtype=self.dtype)
             q, k = norm(name="query_ln")(q), norm(name="key_ln")(k)
         if self.rotary:
             q, k = rotate(q, grid), rotate(k, grid)
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, N, Dh]: the faster layout of a CPU's products
         temperature: jax.Array | float = math.sqrt(heads[1])
         # Lee et al. 2021 (arXiv 2112.13492, section 3.2): sharper scores, and no token asks for what it knows already.
         if self.learned_temperature:
             init = nn.initializers.constant(temperature)
-            temperature = self.param("temperature", init, (self.num_heads,), jnp.float32)[:, None].astype(self.dtype)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", q / temperature, k, preferred_element_type=jnp.float32)
+            temperature = self.param("temperature", init, (self.num_heads,), jnp.float32)[:, None, None].astype(self.dtype)
+        scores = jnp.einsum("bhqd,bhkd->bhqk", q / temperature, k, preferred_element_type=jnp.float32)
         if self.mask_self:
             scores = jnp.where(jnp.eye(tokens, dtype=bool), -jnp.inf, scores)
         # Softmax, its division put off until after the product with v: that divides Dh numbers a query, not N.
@@ -94,7 +95,7 @@ class SelfAttention(nn.Module):
         total = exps.sum(axis=-1, keepdims=True)  # [B, H, N, 1]
         self.sow("intermediates", "attention_weights", exps / total)  # not computed unless "intermediates" is asked for
         exps = Dropout(self.dropout, deterministic=not train)(exps.astype(self.dtype))
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", exps, v) / total.swapaxes(1, 2)  # [B, N, H, Dh]
+        mixed = (jnp.einsum("bhqk,bhkd->bhqd", exps, v) / total).swapaxes(1, 2)  # [B, N, H, Dh]
         mixed = mixed.astype(self.dtype).reshape(batch * tokens, width)
         kernel, bias = Affine(heads, (width,), name="out")()
         out = mixed @ kernel.reshape(width, width).astype(self.dtype) + bias.astype(self.dtype)

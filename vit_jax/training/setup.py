@@ -39,6 +39,8 @@ SMALLEST_EVALUATION = 64  # pictures at once
 MOST_ON_EACH = 2 * 2**30  # bytes of training pictures that every device has all of
 MOST_OF_MEMORY = 1 / 2  # of a device, that training pictures take
 MOST_WATCHED = 1 / 8  # of each device, that pictures to evaluate on take
+CACHED = 2**18  # numbers: what the tokens of pictures that are computed together come to, a MiB
+SMALLEST_PART = 8  # pictures
 MODEL_DEFAULTS = {"gelu": "tanh", "norm_epsilon": 1e-6}  # where nothing else is known of the weights
 
 
@@ -145,6 +147,8 @@ def resolve_data(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
             f"augment.small_size={small} of data.image_size={size} is less than a pixel of {height}x{width} pictures"
         )
     devices, parts = mesh.shape["data"], mesh.shape["model"]
+    if not config.optim.accumulate:
+        config.optim.accumulate = _parts_for_a_cache(config, mesh)
     if part_size(config) % devices:
         of = f" / optim.accumulate={config.optim.accumulate}" if config.optim.accumulate > 1 else ""
         raise UserError(f"train.batch_size={config.train.batch_size}{of} is not divisible by the {devices} devices")
@@ -152,6 +156,17 @@ def resolve_data(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
         if config.model[name] % parts:
             raise UserError(f"model.{name}={config.model[name]} is not divisible by mesh.model={parts}")
     return config
+
+
+def _parts_for_a_cache(config: ConfigDict, mesh: Mesh) -> int:
+    """Parts of a batch so small that a CPU's cache holds the tokens of one; elsewhere one part."""
+    if mesh.devices.flat[0].platform != "cpu":
+        return 1
+    batch, devices, model = config.train.batch_size, mesh.shape["data"], config.model
+    tokens = (config.data.image_size // model.patch_size) ** 2
+    most = max(CACHED // (tokens * model.width), SMALLEST_PART)
+    sizes = [size for size in range(devices, min(most, batch) + 1, devices) if batch % size == 0]
+    return batch // max(sizes, default=batch)
 
 
 def placement(config: ConfigDict, split: Split, mesh: Mesh) -> str:

@@ -22,7 +22,7 @@ from vit_jax.training.step import Classifier
 from vit_jax.training.writers import write_json
 
 # Filled in once, when a run begins, where they are left at their defaults; the data's own are found anew.
-CHOSEN = ("model.gelu", "model.norm_epsilon", "train.steps_per_call")
+CHOSEN = ("model.gelu", "model.norm_epsilon", "train.steps_per_call", "optim.accumulate")
 
 
 def versions() -> dict[str, str]:
