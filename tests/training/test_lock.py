@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -138,9 +137,12 @@ def test_of_two_that_take_over_one_wins(tmp_path, monkeypatch):
 
 
 def test_a_take_over_that_was_killed_is_not_waited_for_long(tmp_path, monkeypatch):
+    def killed(path, text):
+        raise KeyboardInterrupt
+
     left_behind(tmp_path, dataclasses.replace(ME, started="1"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lock, "write_text", lambda path, text: signal.raise_signal(signal.SIGINT))
+        patch.setattr(lock, "write_text", killed)
         patch.setattr(pathlib.Path, "unlink", lambda path, missing_ok: None)
         lock.Lock(tmp_path)
     (claim,) = tmp_path.glob("lock.json.*")

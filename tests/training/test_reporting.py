@@ -86,7 +86,7 @@ def test_a_finished_run_has_left_its_report(finished, commands):
     assert {f"--config.{name}" for name, _ in changed} == typed and ["train.steps", "24"] in changed
     assert ["field", "value", "default"] in differing and ["optim.name", "muon", "adamw"] in differing
     assert ["data.mean", "0.305822", "none"] in differing and ["model.depth", "1", "unset"] in differing
-    assert not any(row[0] == "optim.accumulate" for row in page.rows)
+    assert not any(row[0] == "model.remat" for row in page.rows)
     cost = dict(row for row in page.rows if len(row) == 2)
     assert cost["parameters"] == f"{summary['parameters']:,}" and cost["device"] == "cpu"
     assert cost["model FLOPs utilisation"] == "–" and cost["compiling"] == f"{summary['compile_seconds']:.1f} seconds"

@@ -86,7 +86,9 @@ class SelfAttention(nn.Module):
         # Lee et al. 2021 (arXiv 2112.13492, section 3.2): sharper scores, and no token asks for what it knows already.
         if self.learned_temperature:
             init = nn.initializers.constant(temperature)
-            temperature = self.param("temperature", init, (self.num_heads,), jnp.float32)[:, None, None].astype(self.dtype)
+            temperature = self.param("temperature", init, (self.num_heads,), jnp.float32)[:, None, None].astype(
+                self.dtype
+            )
         scores = jnp.einsum("bhqd,bhkd->bhqk", q / temperature, k, preferred_element_type=jnp.float32)
         if self.mask_self:
             scores = jnp.where(jnp.eye(tokens, dtype=bool), -jnp.inf, scores)

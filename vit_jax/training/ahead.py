@@ -51,7 +51,7 @@ def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
     return {
         "devices": f"{arguments[0].step.sharding.num_devices} x {devices[0].device_kind}",
         "bytes_per_chip": used - memory.alias_size_in_bytes,
-        "flops_per_chip": compiled.cost_analysis()["flops"] * config.optim.accumulate,
+        "flops_per_chip": compiled.cost_analysis()["flops"] * (config.optim.accumulate or 1),
         "collectives": {name: number for name, number in found.items() if number},
     }
 
