@@ -57,5 +57,9 @@ def test_out_of_memory_names_the_sizes_and_what_is_left_to_lower():
     told = str(error.value)
     assert "out of memory with 24 pictures at once" in told and "train.batch_size (now 96)" in told
     assert "optim.accumulate (now 4)" in told and "train.dtype=bfloat16" in told and "remat" not in told
+    config.optim.accumulate = 0  # chosen for the machine, which the config does not know
+    with pytest.raises(RunError, match=r"with batches of 96: .*optim.accumulate \(now automatic\)"):
+        with loop._sizes_named(config):
+            raise MemoryError
     with pytest.raises(ValueError, match="No space left"), loop._sizes_named(config):
         raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device")  # tensorstore's

@@ -283,15 +283,14 @@ def _sizes_named(config: ConfigDict) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         train, accumulate, remat = config.train, config.optim.accumulate, config.model.remat
-        ways = [
-            f"lower train.batch_size (now {train.batch_size})",
-            f"raise optim.accumulate (now {accumulate or 'chosen'})",
-        ]
+        at_once = (
+            f"{train.batch_size // accumulate} pictures at once" if accumulate else f"batches of {train.batch_size}"
+        )
+        parts = accumulate or "automatic"
+        ways = [f"lower train.batch_size (now {train.batch_size})", f"raise optim.accumulate (now {parts})"]
         ways += [] if remat else ["set model.remat=True"]
         ways += [] if train.dtype == "bfloat16" else ["set train.dtype=bfloat16"]
-        raise RunError(
-            f"out of memory with {train.batch_size // (accumulate or 1)} pictures at once: {', or '.join(ways)}"
-        ) from error
+        raise RunError(f"out of memory with {at_once}: {', or '.join(ways)}") from error
 
 
 def _row(run: Run, done: Mapping[str, Any]) -> Row:
