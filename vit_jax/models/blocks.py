@@ -81,14 +81,21 @@ class SelfAttention(nn.Module):
             q, k = norm(name="query_ln")(q), norm(name="key_ln")(k)
         if self.rotary:
             q, k = rotate(q, grid), rotate(k, grid)
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # [B, H, N, Dh]: the faster layout of a CPU's products
-        temperature: jax.Array | float = math.sqrt(heads[1])
+        mixed = self.attend(*(x.swapaxes(1, 2) for x in (q, k, v)), train=train)  # a CPU's products are faster so
+        mixed = mixed.swapaxes(1, 2).reshape(batch * tokens, width)
+        kernel, bias = Affine(heads, (width,), name="out")()
+        out = mixed @ kernel.reshape(width, width).astype(self.dtype) + bias.astype(self.dtype)
+        return out.reshape(batch, tokens, width)
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, *, train: bool) -> jax.Array:
+        """The mean of the values, weighted by the softmax of the scores: [B, H, N, Dh] each -> [B, H, N, Dh]."""
+        tokens, size = q.shape[2:]
+        temperature: jax.Array | float = math.sqrt(size)
         # Lee et al. 2021 (arXiv 2112.13492, section 3.2): sharper scores, and no token asks for what it knows already.
         if self.learned_temperature:
             init = nn.initializers.constant(temperature)
-            temperature = self.param("temperature", init, (self.num_heads,), jnp.float32)[:, None, None].astype(
-                self.dtype
-            )
+            learned = self.param("temperature", init, (self.num_heads,), jnp.float32)
+            temperature = learned[:, None, None].astype(self.dtype)
         scores = jnp.einsum("bhqd,bhkd->bhqk", q / temperature, k, preferred_element_type=jnp.float32)
         if self.mask_self:
             scores = jnp.where(jnp.eye(tokens, dtype=bool), -jnp.inf, scores)
@@ -97,11 +104,7 @@ class SelfAttention(nn.Module):
         total = exps.sum(axis=-1, keepdims=True)  # [B, H, N, 1]
         self.sow("intermediates", "attention_weights", exps / total)  # not computed unless "intermediates" is asked for
         exps = Dropout(self.dropout, deterministic=not train)(exps.astype(self.dtype))
-        mixed = (jnp.einsum("bhqk,bhkd->bhqd", exps, v) / total).swapaxes(1, 2)  # [B, N, H, Dh]
-        mixed = mixed.astype(self.dtype).reshape(batch * tokens, width)
-        kernel, bias = Affine(heads, (width,), name="out")()
-        out = mixed @ kernel.reshape(width, width).astype(self.dtype) + bias.astype(self.dtype)
-        return out.reshape(batch, tokens, width)
+        return (jnp.einsum("bhqk,bhkd->bhqd", exps, v) / total).astype(self.dtype)
 
 
 def rotate(x: jax.Array, grid: tuple[int, int], base: float = 100.0) -> jax.Array:
