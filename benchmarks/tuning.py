@@ -8,7 +8,6 @@ after, medians of windows that take turns, and their ratio. Compilers' flags are
 The project keeps what pays; the table is in RESULTS.md. Made-up pictures where the config's own are not here.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -62,7 +61,7 @@ def optimizer(made: Callable[[], optax.GradientTransformation]) -> Change:
     @contextlib.contextmanager
     def make(config):
         subject = opened(config)
-        yield trained(config, subject, dataclasses.replace(subject.task, optimizer=made()))
+        yield trained(config, subject, dataclasses.replace(subject.job.task, optimizer=made()))
 
     return make
 
@@ -162,7 +161,7 @@ def changes(platform: str) -> dict[str, list[tuple[str, Change, Change]]]:
             {"xla_gpu_enable_latency_hiding_scheduler": True},
         ],
     }
-    table = {
+    table: dict[str, list[tuple[str, Change, Change]]] = {
         "attention": [
             ("attention's softmax divided before the product with v", base, attention(softmax_first)),
             ("jax.nn.dot_product_attention, of XLA", base, attention(library_attention("xla"))),

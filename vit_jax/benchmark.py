@@ -36,14 +36,14 @@ def main(arguments: list[str]) -> None:
     from vit_jax.training import loop  # noqa: F401  # as main does, once the config is known to be right
 
     import_seconds = time.perf_counter() - started
-    from vit_jax.training import comparing, measuring
+    from vit_jax.training import comparing, results
     from vit_jax.training.writers import write_json
 
     if args.aot:
         rows = [_ahead(configs[0][0], args.aot)]
     else:
         if args.record:
-            measuring.check_record()
+            results.check_record()
         if args.peer:
             comparing.check()
         rows, ours = [], []
@@ -52,11 +52,11 @@ def main(arguments: list[str]) -> None:
             ours.append(found[0])
             rows += found
             if args.record:
-                measuring.record(found)
+                results.record(found)
             if args.json:  # at once: the next may need more memory than there is
                 write_json(args.json, rows)
         if args.sweep:
-            print(measuring.describe_growth(field, values, ours))
+            print(results.describe_growth(field, values, ours))
     if args.json:
         write_json(args.json, rows)
 
@@ -74,7 +74,7 @@ def _ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
 
 def _rows(config: ConfigDict, named: dict[str, Any], import_seconds: float, args: Any) -> list[dict[str, Any]]:
     """The rows of one config, ours and that of the peer, if it is asked for; they are printed too."""
-    from vit_jax.training import comparing, measuring
+    from vit_jax.training import comparing, measuring, results
 
     is_bare, pace = args.bare or args.peer, measuring.Pace(args.windows, args.seconds)
     subject = measuring.opened(measuring.bare(config) if is_bare else config)
@@ -87,11 +87,11 @@ def _rows(config: ConfigDict, named: dict[str, Any], import_seconds: float, args
         rows = [rows[0] | speed, named | {"bare": True} | peer]
     elif not (args.bare or args.sweep):
         rows[0]["parts"] = measuring.parts(subject, training, row["steps_per_window"], pace)
-    print("\n".join(map(measuring.describe, rows)), flush=True)
+    print("\n".join(map(results.describe, rows)), flush=True)
     if args.profile:
         kernels = measuring.profile(training, args.profile)
         rows[0]["kernels"] = kernels
-        print(measuring.describe_kernels(kernels), flush=True)
+        print(results.describe_kernels(kernels), flush=True)
     return rows
 
 

@@ -9,9 +9,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax import command_line
 from vit_jax.config import FIELDS, get
+from vit_jax.data import stand_in
 from vit_jax.data.load import Split
 from vit_jax.errors import RunError
-from vit_jax.training import comparing, cost, measuring, mesh, setup
+from vit_jax.training import comparing, cost, measuring, mesh, results, setup
 from vit_jax.training.step import Augmentation, augment
 
 ONE = measuring.Pace(windows=1, seconds=0.0)
@@ -95,26 +96,25 @@ def test_bare_is_without_what_is_random_and_without_average():
 
 
 def test_pictures_that_are_not_here_are_made_up_and_said_to_be(tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "EXAMPLES", {"cifar100": (300, 100)})
-    monkeypatch.setattr(measuring, "TEST_EXAMPLES", {"cifar100": 40})
+    monkeypatch.setitem(stand_in.SHAPES, "cifar100", (300, 40, 100))
     missing = ["--config.data.holdout=0.1", f"--config.data.dir={tmp_path}", *FLAT]
     subject = measuring.opened(config_of("cifar100_tiny.py", *missing, "--config.train.batch_size=10"))
     train, test = subject.splits.train, subject.splits.watched
     assert subject.fabricated and train.images.shape == (270, 32, 32, 3) and len(test.labels) == 40
-    assert subject.classifier.num_classes == 100 and train.labels.max() < 100 and np.ptp(train.images) == 255
+    assert subject.job.classifier.num_classes == 100 and train.labels.max() < 100 and np.ptp(train.images) == 255
 
 
 def test_whole_pictures_are_timed_where_a_run_begins_with_crops():
     crops = ["--config.augment.small_size=6", "--config.augment.small_until=0.5"]
     subject = measuring.opened(config_of("digits.py", *FLAT, *crops))
-    assert subject.plan.small == 0 and subject.task.size_at(0) == 8
+    assert subject.job.plan.small == 0 and subject.job.task.size_at(0) == 8
 
 
 def test_a_probe_is_timed_on_features():
     config = config_of("cifar10_b16.py:head", *FLAT, "--config.data.name=digits", "--config.data.image_size=8")
     config.model.update({"preset": "", "patch_size": 4})
     subject = measuring.opened(config)
-    assert subject.splits.train.images.shape == (1438, 16) and subject.flops is None
+    assert subject.splits.train.images.shape == (1438, 16) and subject.job.flops is None
 
 
 def test_steps_that_are_not_made_have_no_speed():
@@ -141,7 +141,7 @@ def test_a_row_says_what_the_contract_says(subject, measured):
     assert row["peak_memory_bytes"] > subject.splits.train.images.nbytes
     assert row["peak_host_memory_bytes"] > row["peak_memory_bytes"]
     assert row["steps_per_call"] == 3 and row["windows"] == 3 and row["versions"]["jax"] == jax.__version__
-    assert not row["fabricated"] and row["placement"] == "whole" and row["devices"] == subject.classifier.mesh.size
+    assert not row["fabricated"] and row["placement"] == "whole" and row["devices"] == subject.job.classifier.mesh.size
     assert training.step == 1 + 3 + 3 * row["steps_per_window"]
 
 
@@ -166,10 +166,10 @@ def test_the_second_start_reads_what_the_first_compiled(subject):
 
 
 def test_speed_is_the_median_and_mfu_by_the_peak(subject, monkeypatch):
-    monkeypatch.setattr(measuring, "peak_flops", lambda kind: 1e9)
+    monkeypatch.setattr(setup, "peak_flops", lambda kind: 1e9)
     row = measuring.rates(subject, [1.0, 4.0, 2.0])
     assert row["images_per_second"] == 128 and row["milliseconds_per_step"] == 500 and row["spread"] == 1.5
-    assert row["mfu"] == pytest.approx(128 * row["flops_per_image"] / 1e9 / subject.classifier.mesh.size)
+    assert row["mfu"] == pytest.approx(128 * row["flops_per_image"] / 1e9 / subject.job.classifier.mesh.size)
 
 
 def test_parts_by_leaving_them_out(subject, monkeypatch):
@@ -179,7 +179,7 @@ def test_parts_by_leaving_them_out(subject, monkeypatch):
         def __init__(self, subject, task, steps_per_call=3):
             self.seconds = 6.0
             self.seconds += 3.0 * (task.augmentation != Augmentation())
-            self.seconds += 1.0 * (task.optimizer is subject.task.optimizer and task.ema_decay > 0)
+            self.seconds += 1.0 * (task.optimizer is subject.job.task.optimizer and task.ema_decay > 0)
             self.steps_per_call = steps_per_call
 
         def __call__(self, steps):
@@ -187,14 +187,15 @@ def test_parts_by_leaving_them_out(subject, monkeypatch):
             return self.seconds
 
     monkeypatch.setattr(measuring, "Training", Timed)
-    monkeypatch.setattr(measuring, "evaluation_seconds", lambda *_: 0.5)
+    monkeypatch.setattr(measuring, "evaluation_seconds", lambda *_: (0.5, 0.4))
     monkeypatch.setattr(measuring, "checkpoint_seconds", lambda *_: 0.25)
     plan = setup.Plan(24, 0, frozenset({9, 18, 24}), frozenset({12, 24}))
-    subject = dataclasses.replace(subject, plan=plan)
-    parts = measuring.parts(subject, Timed(subject, subject.task), 6, ONE)
+    subject = dataclasses.replace(subject, job=dataclasses.replace(subject.job, plan=plan))
+    parts = measuring.parts(subject, Timed(subject, subject.job.task), 6, ONE)
     assert parts["augmentation"] == pytest.approx(0.3) and parts["optimizer_and_ema"] == pytest.approx(0.1)
     total = 24 * 10 / 6 + 3 * 2 * 0.5 + 2 * 0.25  # each evaluation measures raw and averaged weights
     assert parts["evaluation"] == pytest.approx(3 / total) and parts["checkpointing"] == pytest.approx(0.5 / total)
+    assert parts["evaluation_seconds"] == 1.0 and parts["evaluation_of_forward"] == pytest.approx(0.8)
 
 
 def test_parts_of_a_real_run(subject, measured):
@@ -203,6 +204,7 @@ def test_parts_of_a_real_run(subject, measured):
     parts = measuring.parts(subject, training, 3, ONE)
     assert training.step == step + 3 + 2 * 3  # with all, and twice with a checkpoint
     assert 0 < parts["evaluation"] < 1 and parts["evaluation_seconds"] > 0
+    assert parts["evaluation_of_forward"] > 0
 
 
 def test_the_costliest_kernels_of_a_profile(measured, tmp_path):
@@ -211,7 +213,7 @@ def test_the_costliest_kernels_of_a_profile(measured, tmp_path):
     assert len(kernels) == 10 and 0 < sum(kernel["share"] for kernel in kernels) <= 1
     assert list(tmp_path.glob("trace/plugins/profile/*/*.xplane.pb"))
     assert any("while/body" in kernel["where"] for kernel in kernels)
-    assert all(kernel["name"] in measuring.describe_kernels(kernels) for kernel in kernels)
+    assert all(kernel["name"] in results.describe_kernels(kernels) for kernel in kernels)
 
 
 def test_the_peer_is_told_the_resolved_config(subject):

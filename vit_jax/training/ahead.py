@@ -10,14 +10,12 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax.data.load import SIDES, Split
+from vit_jax.data.stand_in import SHAPES, stand_in
 from vit_jax.errors import UserError
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup
 from vit_jax.training.step import TABLE_STEPS, Probe, abstract_state, make_train_steps, pick_resident
 
-# Training pictures and classes of the sets whose shape is known without having them.
-EXAMPLES = {"cifar10": (50_000, 10), "cifar100": (50_000, 100), "svhn": (73_257, 10), "tiny_imagenet": (100_000, 200)}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 # Settings of libtpu's own: no TPU is used, so none is looked for, and other processes may compile too.
@@ -58,14 +56,12 @@ def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
 
 def training_dispatch(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """The program that a config's run would have on the devices of `mesh`, and its arguments' shapes and shardings."""
-    train = _stand_in(config)
+    data = config.data
+    splits = stand_in(data.name, data.train_examples, data.holdout) if data.name in SHAPES else setup.load_data(config)
+    train = splits.train
     config = setup.resolve_data(setup.resolve_model(config), train, mesh)
     config.data.resident = "always"
-    plan, _ = setup.make_plan(config, len(train.labels))
-    classifier = setup.make_classifier(config, len(train.class_names), mesh)
-    rules = setup.make_rules(config, classifier)
-    classifier = setup.as_probe(config, classifier, rules)
-    task, _ = setup.make_task(config, classifier, plan, rules)
+    job = setup.make_job(config, train, mesh)
     each = meshes.replicated(mesh)
     lying = meshes.batch_sharded(mesh) if setup.placement(config, train, mesh) == "shared" else each
     count = len(train.labels) + -len(train.labels) % mesh.shape["data"]
@@ -74,12 +70,12 @@ def training_dispatch(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrappe
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     picture, dtype = train.images.shape[1:], "uint8"
-    if isinstance(classifier, Probe):
+    if isinstance(job.classifier, Probe):
         picture, dtype = (config.model.width,), "float32"
-    data = [at((count, *picture), dtype, lying), at((count,), np.int32, lying)]
-    data += [at((TABLE_STEPS, config.train.batch_size), np.int32, each)]
-    program = make_train_steps(task, classifier.image_size, pick_resident)
-    return program, (abstract_state(task), at((), np.int32, each), *data)
+    feed = [at((count, *picture), dtype, lying), at((count,), np.int32, lying)]
+    feed += [at((TABLE_STEPS, config.train.batch_size), np.int32, each)]
+    program = make_train_steps(job.task, job.classifier.image_size, pick_resident)
+    return program, (abstract_state(job.task), at((), np.int32, each), *feed)
 
 
 def _devices(topology: str) -> list[Any]:
@@ -93,13 +89,3 @@ def _devices(topology: str) -> list[Any]:
         raise UserError(
             f"cannot compile for {topology} ({reason}): give a topology as v5e:2x4, and pip install 'vit_jax[tpu]'"
         ) from error
-
-
-def _stand_in(config: ConfigDict) -> Split:
-    """Pictures with the shape of the config's training set and no memory."""
-    name = config.data.name
-    if name not in EXAMPLES:
-        return setup.load_data(config).train
-    (count, classes), side = EXAMPLES[name], SIDES[name]
-    images = np.broadcast_to(np.uint8(0), (count, side, side, 3))
-    return Split(images, np.zeros(count, np.int32), tuple(map(str, range(classes))), (0.5,) * 3, (0.25,) * 3)

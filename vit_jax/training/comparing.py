@@ -15,8 +15,9 @@ from typing import Any
 import jax
 
 from vit_jax.errors import RunError, UserError
-from vit_jax.training.measuring import ROOT, Pace, Subject, Training, rates
+from vit_jax.training.measuring import Pace, Subject, Training, rates
 from vit_jax.training.optim import EVERYTHING
+from vit_jax.training.results import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "torch_peer.py"
 FIELDS = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "pool", "position_embedding", "stem", "gelu")
@@ -70,11 +71,11 @@ def check() -> None:
 
 def specification(subject: Subject) -> dict[str, Any]:
     """What the peer is told of a config that was made ready. Raises UserError where it has no such training."""
-    config, classifier = subject.config, subject.classifier
+    config, classifier = subject.job.config, subject.job.classifier
     for name, allowed in ALLOWED.items():
         if config.model[name] not in allowed:
             raise UserError(f"--peer has no model.{name}={config.model[name]}: set {' or '.join(map(str, allowed))}")
-    if subject.rules != EVERYTHING:
+    if subject.job.rules != EVERYTHING:
         raise UserError("--peer trains the whole model: set init.multipliers=full")
     names = ("name", "learning_rate", "weight_decay", "momentum", "b2", "clip_norm")
     return {

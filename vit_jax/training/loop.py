@@ -16,7 +16,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from vit_jax.analysis.metrics import peak_flops, summarize
+from vit_jax.analysis.metrics import summarize
 from vit_jax.config import to_dict
 from vit_jax.data.load import Split, Splits
 from vit_jax.errors import RunError, Stopped, UserError, out_of_memory
@@ -24,14 +24,12 @@ from vit_jax.training import drawings, processes, reporting, setup, starting
 from vit_jax.training import mesh as meshes
 from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.cost import flops_per_image
 from vit_jax.training.dispatch import Dispatcher, featured
 from vit_jax.training.lock import Lock, holder
-from vit_jax.training.optim import EVERYTHING, Rules, rule_table
-from vit_jax.training.setup import Plan
+from vit_jax.training.optim import EVERYTHING, rule_table
+from vit_jax.training.setup import Job
 from vit_jax.training.signals import Signals, caught
 from vit_jax.training.step import (
-    Classifier,
     Probe,
     Task,
     TrainState,
@@ -49,13 +47,9 @@ from vit_jax.training.writers import Clock, Metrics, Progress, Row, best_row, sc
 class Run:
     """The parts of a run that stay the same while its state goes from step to step."""
 
-    config: ConfigDict
+    job: Job
     workdir: pathlib.Path
     splits: Splits
-    plan: Plan
-    rules: Rules
-    classifier: Classifier
-    schedule: Callable[[int], Any]
     dispatch: Dispatcher
     evaluate: Callable[[Any], dict[str, np.ndarray]]
     checkpoints: Checkpoints
@@ -65,7 +59,7 @@ class Run:
     signals: Signals
 
     def epochs(self, steps: int) -> float:
-        return steps * self.config.train.batch_size / len(self.splits.train.labels)
+        return steps * self.job.config.train.batch_size / len(self.splits.train.labels)
 
     @property
     def selects(self) -> bool:
@@ -106,15 +100,10 @@ def _train(
         splits = setup.load_data(config)
     config = runs.same_run(setup.resolve_data(config, splits.train, mesh), workdir)
     processes.check_same("data set", [to_dict(config)["data"], splits.train.labels.tolist()])
-    plan, notes = setup.make_plan(config, len(splits.train.labels))
-    class_names = splits.train.class_names
-    classifier = setup.make_classifier(config, len(class_names), mesh)
-    rules = setup.make_rules(config, classifier)
-    classifier = setup.as_probe(config, classifier, rules)
-    task, schedule = setup.make_task(config, classifier, plan, rules)
-    initial = None
+    job = setup.make_job(config, splits.train, mesh)
+    notes, initial = list(job.notes), None
     if config.init.checkpoint and new:
-        initial, origin = starting.weights(config, classifier, class_names)
+        initial, origin = starting.weights(config, job.classifier, splits.train.class_names)
         notes += origin
 
     lock = stack.enter_context(contextlib.closing(Lock(workdir))) if processes.is_first() else None
@@ -125,32 +114,28 @@ def _train(
     checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, config.checkpoint.keep)))
     tracking = stack.enter_context(contextlib.closing(Tracking(workdir, config)))
     notes += tracking.notes
-    state, seconds = _new_state(task, initial) if new else checkpoints.restore_newest(abstract_state(task))
-    step = int(state.step)
+    state, seconds = _new_state(job.task, initial) if new else checkpoints.restore_newest(abstract_state(job.task))
     _check_allowed(config, int(state.skipped))
-    print(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-    if rules != EVERYTHING:
-        print(rule_table(rules, state.params))
-    print(f"{plan.total} steps of {config.train.batch_size} in {workdir}; {setup.protocol(config, splits)}")
-    begin = f"going on from step {step}" if step else "from new weights" if initial is None else "from these weights"
-    print("\n".join([*notes, begin]), flush=True)
-    if isinstance(classifier, Probe):
-        splits = _featured(splits, classifier, state.params, setup.evaluation_size(config))
+    begin = (
+        f"going on from step {state.step}" if state.step else f"from {'new' if initial is None else 'these'} weights"
+    )
+    _announce(job, splits, workdir, state.params, [*notes, begin])
+    if isinstance(job.classifier, Probe):
+        splits = _featured(splits, job.classifier, state.params, setup.evaluation_size(config))
 
     placement = setup.placement(config, splits.train, mesh)
-    dispatch = Dispatcher(task, state, splits.train, config.train.batch_size, placement)
+    dispatch = Dispatcher(job.task, state, splits.train, config.train.batch_size, placement)
     if not config.train.steps_per_call:
-        config.train.steps_per_call = dispatch.choose_steps_per_call(state, step)
+        config.train.steps_per_call = dispatch.choose_steps_per_call(state, int(state.step))
     if processes.is_first():
         runs.write_config(workdir, config, splits.train.class_names, command)
     print(f"compiled in {dispatch.compile_seconds:.1f} s; {config.train.steps_per_call} steps a dispatch", flush=True)
 
-    evaluate = setup.make_evaluator(config, classifier, splits.watched)
-    metrics = stack.enter_context(contextlib.closing(Metrics(workdir, step, writes=processes.is_first())))
-    if lost := plan.evaluations_until(step) - {row["step"] for row in metrics.rows}:
+    evaluate = setup.make_evaluator(config, job.classifier, splits.watched)
+    metrics = stack.enter_context(contextlib.closing(Metrics(workdir, int(state.step), writes=processes.is_first())))
+    if lost := job.plan.evaluations_until(int(state.step)) - {row["step"] for row in metrics.rows}:
         raise UserError(f"{metrics.path} has lost the row of step {min(lost)}: restore it, or give another --workdir")
-    parts = (plan, rules, classifier, schedule, dispatch, evaluate, checkpoints, metrics, tracking, lock, signals)
-    run = Run(config, workdir, splits, *parts)
+    run = Run(job, workdir, splits, dispatch, evaluate, checkpoints, metrics, tracking, lock, signals)
     for row in metrics.rows:
         tracking.add(row)
     with signals.saving():
@@ -163,7 +148,7 @@ def _train(
 
 def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState, float]:
     """From the state's step, reached in `seconds`, to the end of the run; gives the last state and its seconds."""
-    config, plan, metrics = run.config, run.plan, run.metrics
+    config, plan, metrics = run.job.config, run.job.plan, run.metrics
     step, batch_size = int(state.step), config.train.batch_size
     done = jax.device_get(state.progress)  # the state itself is given away
     clock = Clock(seconds)
@@ -194,7 +179,7 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
                 metrics.add(row)
                 run.tracking.add(row)
                 progress.say(_describe(row, plan.total))
-                state = dataclasses.replace(state, sums=meshes.place(zero_sums(), run.classifier.mesh))
+                state = dataclasses.replace(state, sums=meshes.place(zero_sums(), run.job.classifier.mesh))
                 done = jax.device_get(state.progress)
             best = run.selects and evaluated and best_row(metrics.rows)["step"] == step
             if stopping or best or step in plan.checkpoints:
@@ -210,6 +195,16 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
 
 
 # The state that a run begins with
+
+
+def _announce(job: Job, splits: Splits, workdir: pathlib.Path, params: Any, notes: list[str]) -> None:
+    """Prints what will be trained, on what, where; and what a person should be told."""
+    print(parameter_overview.get_parameter_overview(params, include_stats=False))
+    if job.rules != EVERYTHING:
+        print(rule_table(job.rules, params))
+    steps, batch = job.plan.total, job.config.train.batch_size
+    print(f"{steps} steps of {batch} in {workdir}; {setup.protocol(job.config, splits)}")
+    print("\n".join(notes), flush=True)
 
 
 def _new_state(task: Task, initial: dict[str, jax.Array] | None) -> tuple[TrainState, float]:
@@ -250,7 +245,7 @@ def _check_allowed(config: ConfigDict, skipped: int) -> None:
 
 def _check_unfrozen(run: Run, done: Mapping[str, Any]) -> None:
     """Raises RunError where a dispatch met a step that may not be skipped."""
-    if done["skipped"] > run.config.train.skip_nonfinite:
+    if done["skipped"] > run.job.config.train.skip_nonfinite:
         raise _diverged(run, "loss or its gradient is", done)
 
 
@@ -261,7 +256,7 @@ def _check_weights(run: Run, state: TrainState) -> None:
 
 
 def _diverged(run: Run, what: str, done: Mapping[str, Any]) -> RunError:
-    rate = _rate(run, int(done["step"]), run.config.train.skip_nonfinite)
+    rate = _rate(run, int(done["step"]), run.job.config.train.skip_nonfinite)
     return RunError(
         f"the {what} not finite at step {done['step']} (learning rate {rate:.3g}, gradient norm {done['norm']:.3g}); "
         "checkpoints before it are kept; lower optim.learning_rate or set optim.clip_norm in a new --workdir, or "
@@ -271,7 +266,7 @@ def _diverged(run: Run, what: str, done: Mapping[str, Any]) -> RunError:
 
 def _rate(run: Run, step: int, skipped: int) -> float:
     """The learning rate of `step`: the optimizer does not count the steps that were skipped."""
-    return float(run.schedule(max(step - skipped, 0)))
+    return float(run.job.schedule(max(step - skipped, 0)))
 
 
 @contextlib.contextmanager
@@ -335,16 +330,13 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
     """
     evaluate = run.evaluate
     if run.splits.reported is not run.splits.watched:
-        evaluate = setup.make_evaluator(run.config, run.classifier, run.splits.reported)
+        evaluate = setup.make_evaluator(run.job.config, run.job.classifier, run.splits.reported)
     results = evaluate(state.params if state.ema is None else state.ema)
     test = summarize(results)
     best = best_row(run.metrics.rows) if run.selects else None
     speed = statistics.median(row["images_per_second"] for row in run.metrics.rows)
-    if run.plan.small:  # neither size's own speed says how long the run takes
-        speed = int(state.step) * run.config.train.batch_size / max(seconds, 1e-9)
-    device, devices = jax.devices()[0].device_kind, run.classifier.mesh.size
-    whole = not run.plan.small and run.rules == EVERYTHING  # the formula is for training all of it
-    peak, flops = peak_flops(device), flops_per_image(run.classifier) if whole else None
+    if run.job.plan.small:  # neither size's own speed says how long the run takes
+        speed = int(state.step) * run.job.config.train.batch_size / max(seconds, 1e-9)
     summary = {
         "test_accuracy": test["accuracy"],
         "test_accuracy_top5": test["accuracy_top5"],
@@ -358,9 +350,9 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "train_seconds": seconds,
         "compile_seconds": run.dispatch.compile_seconds,
         "images_per_second": speed,
-        "mfu": peak and flops and speed * flops / (peak * devices),
-        "device": device,
-        "protocol": setup.protocol(run.config, run.splits),
+        "mfu": None if run.job.plan.small else run.job.mfu(speed),  # the formula is for whole pictures
+        "device": jax.devices()[0].device_kind,
+        "protocol": setup.protocol(run.job.config, run.splits),
     }
     _draw_curves(run)
     if processes.is_first():

@@ -2,46 +2,36 @@
 
 import contextlib
 import dataclasses
-import datetime
-import json
 import math
 import pathlib
 import re
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from vit_jax.analysis import traces
-from vit_jax.analysis.metrics import peak_flops
 from vit_jax.config import default_config
 from vit_jax.data import load
-from vit_jax.data.load import Split, Splits
-from vit_jax.errors import RunError, UserError
+from vit_jax.data.load import Splits
+from vit_jax.data.resident import padded
+from vit_jax.data.stand_in import SHAPES, stand_in
+from vit_jax.errors import RunError
 from vit_jax.training import mesh as meshes
-from vit_jax.training import setup
-from vit_jax.training import workdir as runs
-from vit_jax.training.ahead import EXAMPLES
+from vit_jax.training import results, setup
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.cost import flops_per_image
 from vit_jax.training.dispatch import Dispatcher, featured
-from vit_jax.training.optim import EVERYTHING, Rules
-from vit_jax.training.setup import Plan
-from vit_jax.training.step import Augmentation, Classifier, Probe, Task, init_state
+from vit_jax.training.setup import Job
+from vit_jax.training.step import Augmentation, Probe, Task, init_state
 
-ROOT = pathlib.Path(__file__).parents[2]  # of the checkout, where there is one
-RESULTS = ROOT / "benchmarks" / "results.jsonl"
-TEST_EXAMPLES = {"svhn": 26_032}  # the other sets have 10,000
 PROFILED_STEPS = 10  # at most: enough to see a kernel's mean
 
 
@@ -54,19 +44,10 @@ class Subject:
       data_seconds: what reading its pictures took.
     """
 
-    config: ConfigDict
+    job: Job
     splits: Splits
     fabricated: bool
     data_seconds: float
-    plan: Plan
-    classifier: Classifier
-    rules: Rules
-    task: Task
-
-    @property
-    def flops(self) -> float | None:
-        """Model FLOPs of a training step for one picture; None where a part is frozen: the formula is for all."""
-        return flops_per_image(self.classifier) if self.rules == EVERYTHING else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,33 +79,20 @@ def opened(config: ConfigDict) -> Subject:
     started = time.perf_counter()
     splits, fabricated = _pictures(config)
     seconds = time.perf_counter() - started
-    config = setup.resolve_data(config, splits.train, mesh)
-    plan, _ = setup.make_plan(config, len(splits.train.labels))
-    classifier = setup.make_classifier(config, len(splits.train.class_names), mesh)
-    rules = setup.make_rules(config, classifier)
-    classifier = setup.as_probe(config, classifier, rules)
-    task, _ = setup.make_task(config, classifier, plan, rules)
-    if isinstance(classifier, Probe):
-        params, size = init_state(task).params, setup.evaluation_size(config)
-        train, watched = (featured(classifier, params, split, size) for split in (splits.train, splits.watched))
+    job = setup.make_job(setup.resolve_data(config, splits.train, mesh), splits.train, mesh)
+    if isinstance(job.classifier, Probe):
+        params, size = init_state(job.task).params, setup.evaluation_size(job.config)
+        train, watched = (featured(job.classifier, params, split, size) for split in (splits.train, splits.watched))
         splits = Splits(train, None, watched)
-    return Subject(config, splits, fabricated, seconds, plan, classifier, rules, task)
+    return Subject(job, splits, fabricated, seconds)
 
 
 def _pictures(config: ConfigDict) -> tuple[Splits, bool]:
     """The config's pictures, and whether they are fabricated: where they would have to be downloaded."""
     data = config.data
-    if data.name not in EXAMPLES or load.is_cached(data.name, data.dir and setup.expanded(data.dir)):
+    if data.name not in SHAPES or load.is_cached(data.name, data.dir and setup.expanded(data.dir)):
         return setup.load_data(config), False
-    (count, classes), side, random = EXAMPLES[data.name], load.SIDES[data.name], np.random.default_rng(0)
-
-    def noise(count: int) -> Split:
-        images = random.integers(0, 256, (count, side, side, 3), np.uint8)
-        labels = random.integers(0, classes, count).astype(np.int32)
-        return Split(images, labels, tuple(map(str, range(classes))), (0.5,) * 3, (0.25,) * 3)
-
-    train = noise(data.train_examples or round(count * (1 - data.holdout)))
-    return Splits(train, None, noise(TEST_EXAMPLES.get(data.name, 10_000))), True
+    return stand_in(data.name, data.train_examples, data.holdout), True
 
 
 class Training:
@@ -136,11 +104,11 @@ class Training:
     """
 
     def __init__(self, subject: Subject, task: Task | None = None, steps_per_call: int = 1):
-        task, config, train = task or subject.task, subject.config, subject.splits.train
+        task, config, train = task or subject.job.task, subject.job.config, subject.splits.train
         started = time.perf_counter()
         self.state = jax.block_until_ready(init_state(task))
         made = time.perf_counter()
-        placement = setup.placement(config, train, subject.classifier.mesh)
+        placement = setup.placement(config, train, subject.job.classifier.mesh)
         self.dispatch = Dispatcher(task, self.state, train, config.train.batch_size, placement)
         placed, compiling = time.perf_counter() - made, self.dispatch.compile_seconds
         self.seconds = {"placing": placed - compiling, "init": made - started, "compile": compiling}
@@ -180,7 +148,7 @@ def measure(subject: Subject, pace: Pace, import_seconds: float | None = None) -
     Its `parts` are None until `add_parts` fills them in.
     """
     cold, training = started(subject)
-    training.choose(subject.config.train.steps_per_call)
+    training.choose(subject.job.config.train.steps_per_call)
     steps = steps_per_window(training, pace.seconds)
     seconds = [training(steps) for _ in range(pace.windows)]
     row = rates(subject, [steps / s for s in seconds])
@@ -190,7 +158,7 @@ def measure(subject: Subject, pace: Pace, import_seconds: float | None = None) -
         name: (parts := before | found) | {"total": sum(parts.values())}
         for name, found in (("cold", cold), ("warm", training.seconds))
     }
-    mesh, train = subject.classifier.mesh, subject.splits.train
+    mesh, train = subject.job.classifier.mesh, subject.splits.train
     return row | {
         "steps_per_call": training.steps_per_call,
         "steps_per_window": steps,
@@ -202,28 +170,27 @@ def measure(subject: Subject, pace: Pace, import_seconds: float | None = None) -
         "peak_memory_source": source,
         "peak_host_memory_bytes": peak_host_memory(),
         "parts": None,
-        "placement": setup.placement(subject.config, train, mesh),
+        "placement": setup.placement(subject.job.config, train, mesh),
         "fabricated": subject.fabricated,
         "devices": mesh.size,
-    } | about(), training
+    } | results.about(), training
 
 
 def rates(subject: Subject, steps_per_second: list[float]) -> dict[str, Any]:
     """A row's speed: the median over windows, and how far the slowest and the fastest lie apart, as a part of it."""
-    middle, batch_size = statistics.median(steps_per_second), subject.config.train.batch_size
+    middle, batch_size = statistics.median(steps_per_second), subject.job.config.train.batch_size
     device = jax.devices()[0].device_kind
-    flops, peak = subject.flops, peak_flops(device)
     speed = middle * batch_size
     return {
         "images_per_second": speed,
         "milliseconds_per_step": 1e3 / middle,
         "spread": (max(steps_per_second) - min(steps_per_second)) / middle,
         "windows": len(steps_per_second),
-        "mfu": peak and flops and speed * flops / (peak * subject.classifier.mesh.size),
-        "flops_per_image": flops,
+        "mfu": subject.job.mfu(speed),
+        "flops_per_image": subject.job.flops,
         "batch_size": batch_size,
-        "image_size": subject.classifier.image_size,
-        "dtype": subject.config.train.dtype,
+        "image_size": subject.job.classifier.image_size,
+        "dtype": subject.job.config.train.dtype,
         "device": device,
     }
 
@@ -275,27 +242,17 @@ def peak_host_memory() -> int:
     return most if sys.platform == "darwin" else 1024 * most  # kibibytes everywhere else
 
 
-def about() -> dict[str, Any]:
-    """When, with what and of which commit (with a + where files differ from it; None outside a checkout)."""
-    call = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-    try:
-        commit = subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"versions": runs.versions(), "commit": commit, "date": now}
-
-
 # Parts of the time
 
 
 def parts(subject: Subject, training: Training, steps: int, pace: Pace) -> dict[str, float]:
     """What parts take, each by leaving it out: augmentation and optimizer of a step, the others of the whole run.
 
-    Windows with everything and windows without a part take turns, for a machine's speed drifts. Also the seconds of an
-    evaluation and of a checkpoint.
+    Windows with everything and windows without a part take turns, for a machine's speed drifts. Also the seconds of
+    an evaluation (of raw and averaged weights) and of a checkpoint, and which part of the former the bare forward pass
+    takes.
     """
-    task = subject.task
+    task = subject.job.task
     # The subtraction stays: weights that never change would be moved out of the loop, with all that is made of them.
     plain = dataclasses.replace(task, optimizer=optax.sgd(0.0), ema_decay=0.0)
     still = dataclasses.replace(task, augmentation=Augmentation())
@@ -303,9 +260,10 @@ def parts(subject: Subject, training: Training, steps: int, pace: Pace) -> dict[
     turns = [[run(steps) for run in (training, *without)] for _ in range(pace.windows)]
     whole, *less = (statistics.median(times) for times in zip(*turns, strict=True))
     del without
-    evaluation = (1 + bool(task.ema_decay)) * evaluation_seconds(subject, training, pace)
+    one, forward = evaluation_seconds(subject, training, pace)
+    evaluation = (1 + bool(task.ema_decay)) * one
     checkpoint = checkpoint_seconds(training, steps, whole, pace)
-    plan = subject.plan
+    plan = subject.job.plan
     train = plan.total * whole / steps
     evaluations, checkpoints = len(plan.evaluations) * evaluation, len(plan.checkpoints) * checkpoint
     total = train + evaluations + checkpoints
@@ -315,20 +273,32 @@ def parts(subject: Subject, training: Training, steps: int, pace: Pace) -> dict[
         "evaluation": evaluations / total,
         "checkpointing": checkpoints / total,
         "evaluation_seconds": evaluation,
+        "evaluation_of_forward": forward / one,
         "checkpoint_seconds": checkpoint,
     }
 
 
-def evaluation_seconds(subject: Subject, training: Training, pace: Pace) -> float:
-    """Of one set of weights on the split that the run watches."""
-    evaluate = setup.make_evaluator(subject.config, subject.classifier, subject.splits.watched)
-    evaluate(training.state.params)  # it compiles
+def evaluation_seconds(subject: Subject, training: Training, pace: Pace) -> tuple[float, float]:
+    """Of one set of weights on the split that the run watches; and of the bare forward pass over as many pictures."""
+    job, params, split = subject.job, training.state.params, subject.splits.watched
+    evaluate, size = setup.make_evaluator(job.config, job.classifier, split), setup.evaluation_size(job.config)
+    logits, count = jax.jit(job.classifier.logits), -(-len(split.labels) // size)
+    pictures = jax.device_put(padded(split.images[:size], split.labels[:size], size)[0])
+
+    def forward(params):
+        for _ in range(count):
+            found = logits(params, pictures)
+        return jax.block_until_ready(found)
+
     times = []
-    for _ in range(pace.windows):
+    for _ in range(pace.windows + 1):
         begun = time.perf_counter()
-        evaluate(training.state.params)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+        evaluate(params)
+        between = time.perf_counter()
+        forward(params)
+        times.append((between - begun, time.perf_counter() - between))
+    one, bare = (statistics.median(values) for values in zip(*times[1:], strict=True))  # the first ones compile
+    return one, bare
 
 
 def checkpoint_seconds(training: Training, steps: int, without: float, pace: Pace) -> float:
@@ -362,75 +332,3 @@ def profile(training: Training, folder: pathlib.Path) -> list[dict[str, Any]]:
         kernel["seconds"], kernel["calls"] = kernel["seconds"] / steps, kernel["calls"] / steps
         kernel["where"] = of.get(kernel["name"].partition(" ")[0], "").rpartition("train_steps)/")[2]
     return kernels
-
-
-# What is said, and kept
-
-
-def check_record() -> None:
-    """Raises UserError where there is no place to keep rows."""
-    if not RESULTS.parent.is_dir():
-        raise UserError(f"--record appends to {RESULTS}: run the benchmark in a clone of the repository")
-
-
-def record(rows: list[dict[str, Any]]) -> None:
-    """Appends rows to those of other machines and commits, a line of JSON each."""
-    with RESULTS.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def describe(row: Mapping[str, Any]) -> str:
-    """A row in words."""
-
-    def percent(share: float | None) -> str:
-        return "unknown" if share is None else f"{share:.1%}"
-
-    of = f"torch {row['torch']}" if "torch" in row else row["config"]
-    lines = [
-        f"{of}: {row['parameters']:,} parameters, batches of {row['batch_size']} at {row['image_size']} px in "
-        f"{row['dtype']} on {row['device']}" + (", made-up pictures" * bool(row.get("fabricated"))),
-        f"{row['images_per_second']:.1f} images/s, {row['milliseconds_per_step']:.2f} ms a step (spread "
-        f"{row['spread']:.1%} over {row['windows']} windows of {row['steps_per_window']} steps), MFU "
-        f"{percent(row['mfu'])}",
-    ]
-    for kind, seconds in row.get("startup_seconds", {}).items():
-        each = ", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if name != "total")
-        lines.append(f"first step after {seconds['total']:.2f} s, {kind}: {each}")
-    if row["peak_memory_bytes"] is not None:
-        by = " (as compiled)" * (row.get("peak_memory_source") == "compiler")
-        host = (
-            f", of the host {row['peak_host_memory_bytes'] / 2**20:.0f} MiB" if "peak_host_memory_bytes" in row else ""
-        )
-        lines.append(f"most memory of a device {row['peak_memory_bytes'] / 2**20:.0f} MiB{by}{host}")
-    if parts := row.get("parts"):
-        lines.append(
-            f"of a step: augmentation {parts['augmentation']:.1%}, optimizer and average "
-            f"{parts['optimizer_and_ema']:.1%}; of the run: evaluation {parts['evaluation']:.1%} "
-            f"({parts['evaluation_seconds']:.2f} s each), checkpoints {parts['checkpointing']:.1%} "
-            f"({parts['checkpoint_seconds']:.2f} s each)"
-        )
-    if "ratio_to_peer" in row:
-        lines.append(f"{row['ratio_to_peer']:.2f} times as fast as torch")
-    return "\n  ".join(lines)
-
-
-def describe_kernels(kernels: list[dict[str, Any]]) -> str:
-    """The costliest kernels as a table."""
-    lines = [f"{'share':>6} {'ms a step':>9} {'calls':>6}  kernel"]
-    lines += [
-        f"{k['share']:>6.1%} {1e3 * k['seconds']:>9.3f} {k['calls']:>6.1f}  {k['name']}  {k['where']}" for k in kernels
-    ]
-    return "\n".join(lines)
-
-
-def describe_growth(field: str, values: list[str], rows: list[dict[str, Any]]) -> str:
-    """How a step's time and a picture's grow from the first row on, as a table."""
-    lines = [f"{field:>18} {'images/s':>10} {'ms a step':>10} {'growth':>7} {'us a picture':>13} {'growth':>7}"]
-    steps = [row["milliseconds_per_step"] for row in rows]
-    pictures = [1e6 / row["images_per_second"] for row in rows]
-    for value, step, picture in zip(values, steps, pictures, strict=True):
-        growth = step / steps[0], picture / pictures[0]
-        lines.append(
-            f"{value:>18} {1e6 / picture:>10.1f} {step:>10.2f} {growth[0]:>7.2f} {picture:>13.2f} {growth[1]:>7.2f}"
-        )
-    return "\n".join(lines)

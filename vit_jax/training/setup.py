@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax.analysis.metrics import peak_flops
 from vit_jax.augment.mix import Mixing
 from vit_jax.augment.policies import Policy
 from vit_jax.config import check, get, put
@@ -21,6 +22,7 @@ from vit_jax.models.pretrained import Facts
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import dispatch, processes
 from vit_jax.training import mesh as meshes
+from vit_jax.training.cost import flops_per_image
 from vit_jax.training.optim import (
     EVERYTHING,
     Rules,
@@ -63,6 +65,44 @@ class Plan:
         between = range(step + 1, min(stop, self.total) + 1)
         ends = (s for s in between if s in self.evaluations or s in self.checkpoints or s == self.small)
         return next(ends, between[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a resolved config comes to on its data and devices.
+
+    Attributes:
+      schedule: step → learning rate.
+      notes: what a person should be told about the plan.
+    """
+
+    config: ConfigDict
+    plan: Plan
+    rules: Rules
+    classifier: Classifier
+    task: Task
+    schedule: Callable[[int], Any]
+    notes: list[str]
+
+    @property
+    def flops(self) -> float | None:
+        """Model FLOPs of a training step for one picture; None where a part is frozen: the formula is for all."""
+        return flops_per_image(self.classifier) if self.rules == EVERYTHING else None
+
+    def mfu(self, images_per_second: float) -> float | None:
+        """The part of the devices' peak that a speed comes to; None where the FLOPs or the peak are unknown."""
+        peak = peak_flops(jax.devices()[0].device_kind)
+        return peak and self.flops and images_per_second * self.flops / (peak * self.classifier.mesh.size)
+
+
+def make_job(config: ConfigDict, train: Split, mesh: Mesh) -> Job:
+    """The job of a config that `resolve_data` has resolved. Raises UserError where its parts do not fit together."""
+    plan, notes = make_plan(config, len(train.labels))
+    classifier = make_classifier(config, len(train.class_names), mesh)
+    rules = make_rules(config, classifier)
+    classifier = as_probe(config, classifier, rules)
+    task, schedule = make_task(config, classifier, plan, rules)
+    return Job(config, plan, rules, classifier, task, schedule, notes)
 
 
 def expanded(path: str) -> pathlib.Path:
