@@ -8,7 +8,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax import benchmark
 from vit_jax.errors import UserError
-from vit_jax.training import comparing, measuring
+from vit_jax.training import comparing, results
 
 SMALL = ["--config", "configs/digits.py", "--windows", "2", "--seconds", "0", "--config.train.steps_per_call=2"]
 SMALL += [f"--config.model.{field}" for field in ("width=16", "depth=1", "num_heads=2", "mlp_dim=16")]
