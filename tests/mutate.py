@@ -28,7 +28,12 @@ TIMEOUT = 400  # seconds
 # Files, and the tests that must notice a fault in them, the likeliest first.
 ROOMS = {
     "augment/*.py": ["augment"],
-    "models/[!pa]*.py": ["models/test_vit.py", "models/test_stems.py", "models/test_resnet.py", "models/test_parity.py"],
+    "models/[!pa]*.py": [
+        "models/test_vit.py",
+        "models/test_stems.py",
+        "models/test_resnet.py",
+        "models/test_parity.py",
+    ],
     "models/names.py": ["models/test_pretrained.py", "models/test_parity.py", "models/test_archives.py"],
     "models/presets.py": ["models/test_presets.py", "models/test_parity.py"],
     "models/pretrained.py": ["models/test_pretrained.py", "models/test_archives.py", "models/test_parity.py"],
@@ -46,7 +51,7 @@ SWAPS = {
 
 
 def places(tree: ast.AST) -> Iterator[tuple[ast.AST, str]]:
-    """The nodes that can be changed, each with the way of doing it, in a fixed order; no messages, types, decorators."""
+    """The nodes that can be changed, each with how, in a fixed order; none in messages, types or decorators."""
     for field, value in ast.iter_fields(tree):
         if field in ("annotation", "returns", "decorator_list", "type_params") or isinstance(tree, ast.JoinedStr):
             continue
@@ -140,6 +145,10 @@ def tried(copy: pathlib.Path, tests: list[str], cache: str) -> tuple[bool, str]:
     return done.returncode != 0, said[0].split(" - ")[0] if said else ""
 
 
+def told(row: dict) -> str:
+    return f"{row['file']}:{row['line']} {row['how']}: {row['was']}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=300)
@@ -177,7 +186,13 @@ def main() -> None:
             done[row["file"], row["place"]] = row
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print("killed  " if row["killed"] else "SURVIVED", f"{row['file']}:{row['line']}", row["how"], row["was"], flush=True)
+            print(
+                "killed  " if row["killed"] else "SURVIVED",
+                f"{row['file']}:{row['line']}",
+                row["how"],
+                row["was"],
+                flush=True,
+            )
     rows = [done[x[:2]] for x in drawn]
     count = collections.Counter(row["file"] for row in rows)
     killed = collections.Counter(row["file"] for row in rows if row["killed"])
@@ -187,7 +202,7 @@ def main() -> None:
     print(f"{'all':<32} {len(rows):>8} {killed.total() / len(rows):>7.1%}")
     for row in rows:
         if not row["killed"]:
-            print(f"survived: {row['file']}:{row['line']} {row['how']}: {row['was']}")
+            print(f"survived: {told(row)}")
 
 
 if __name__ == "__main__":
