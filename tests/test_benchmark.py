@@ -8,7 +8,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax import benchmark
 from vit_jax.errors import UserError
-from vit_jax.training import comparing, results
+from vit_jax.training import comparing, rows
 
 SMALL = ["--config", "configs/digits.py", "--windows", "2", "--seconds", "0", "--config.train.steps_per_call=2"]
 SMALL += [f"--config.model.{field}" for field in ("width=16", "depth=1", "num_heads=2", "mlp_dim=16")]
@@ -26,7 +26,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def test_rows_are_printed_written_and_recorded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.jsonl")
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results.jsonl")
     (tmp_path / "results.jsonl").write_text('{"of": "another machine"}\n')
     benchmark.main([*SMALL, "--record", "--json", str(tmp_path / "rows.json"), "--profile", str(tmp_path / "trace")])
     (row,) = json.loads((tmp_path / "rows.json").read_text())
@@ -86,6 +86,6 @@ def test_wrong_input_is_named(arguments, message, monkeypatch):
 
 
 def test_rows_are_recorded_in_a_clone(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "nowhere" / "results.jsonl")
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "nowhere" / "results.jsonl")
     with pytest.raises(UserError, match="in a clone"):
         benchmark.main([*SMALL, "--record"])

@@ -52,23 +52,6 @@ def test_declared_dependencies_are_those_that_are_imported():
     assert used - sys.stdlib_module_names - {"vit_jax"} == declared
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_nothing_imports_upward(path):
-    """Doors use training and analysis; these use models, augment and data, which use nothing but errors."""
-    room = path.relative_to(ROOT / "vit_jax").parts[0]
-    allowed = {
-        "data": {"data", "errors"},
-        "augment": {"augment", "errors"},
-        "models": {"models", "errors"},
-        "analysis": {"analysis", "errors", "models", "augment", "data"},
-        "training": {"training", "analysis", "errors", "models", "augment", "data", "config"},
-        "config.py": {"errors"},
-        "errors.py": set(),
-    }.get(room)
-    own = {name.split(".")[1] for name in imports(path) if name.startswith("vit_jax.")}
-    assert allowed is None or own <= allowed, own - (allowed or set())
-
-
 def test_the_training_process_never_imports_tensorflow_in_code():
     users = {p.name for p in SOURCES if any(name.split(".")[0].startswith("tensorflow") for name in imports(p))}
     assert users <= {"sources.py", "tiny_imagenet.py"}

@@ -84,6 +84,7 @@ def test_notes_say_what_was_changed_and_until_when():
     assert fields.split() == "crop=pad padding=1 small_size=4 erasing=0.5 mixup=0.8 cutmix=1 mix_until=0.5".split()
     assert "seed 3" in columns and f"until step {task.augmentation.mix_steps} of {plan.total}" in columns
     assert task.augmentation.mix_steps == round(plan.total / 2) and "smoothing of 0.1" in columns
+    assert "mixed in pairs" in columns
     assert f"Until step {plan.small} of {plan.total}" in columns and "crops of 4 pixels" in columns
     none = dict.fromkeys(("augment.mixup", "augment.cutmix", "augment.erasing", "train.label_smoothing"), 0)
     fields, columns = preview.notes(*still(none))

@@ -36,14 +36,15 @@ def main(arguments: list[str]) -> None:
     from vit_jax.training import loop  # noqa: F401  # as main does, once the config is known to be right
 
     import_seconds = time.perf_counter() - started
-    from vit_jax.training import comparing, results
+    from vit_jax.training import comparing
+    from vit_jax.training import rows as kept
     from vit_jax.training.writers import write_json
 
     if args.aot:
         rows = [_ahead(configs[0][0], args.aot)]
     else:
         if args.record:
-            results.check_record()
+            kept.check_record()
         if args.peer:
             comparing.check()
         rows, ours = [], []
@@ -52,11 +53,11 @@ def main(arguments: list[str]) -> None:
             ours.append(found[0])
             rows += found
             if args.record:
-                results.record(found)
+                kept.record(found)
             if args.json:  # at once: the next may need more memory than there is
                 write_json(args.json, rows)
         if args.sweep:
-            print(results.describe_growth(field, values, ours))
+            print(kept.describe_growth(field, values, ours))
     if args.json:
         write_json(args.json, rows)
 
@@ -74,7 +75,8 @@ def _ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
 
 def _rows(config: ConfigDict, named: dict[str, Any], import_seconds: float, args: Any) -> list[dict[str, Any]]:
     """The rows of one config, ours and that of the peer, if it is asked for; they are printed too."""
-    from vit_jax.training import comparing, measuring, results
+    from vit_jax.training import comparing, measuring
+    from vit_jax.training import rows as kept
 
     is_bare, pace = args.bare or args.peer, measuring.Pace(args.windows, args.seconds)
     subject = measuring.opened(measuring.bare(config) if is_bare else config)
@@ -87,11 +89,11 @@ def _rows(config: ConfigDict, named: dict[str, Any], import_seconds: float, args
         rows = [rows[0] | speed, named | {"bare": True} | peer]
     elif not (args.bare or args.sweep):
         rows[0]["parts"] = measuring.parts(subject, training, row["steps_per_window"], pace)
-    print("\n".join(map(results.describe, rows)), flush=True)
+    print("\n".join(map(kept.describe, rows)), flush=True)
     if args.profile:
         kernels = measuring.profile(training, args.profile)
         rows[0]["kernels"] = kernels
-        print(results.describe_kernels(kernels), flush=True)
+        print(kept.describe_kernels(kernels), flush=True)
     return rows
 
 
@@ -104,7 +106,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="what is trained (needed)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers as JSON")
-    parser.add_argument("--record", action="store_true", help="also append them to benchmarks/results.jsonl")
+    parser.add_argument("--record", action="store_true", help="also append them to benchmarks/kept.jsonl")
     parser.add_argument("--bare", action="store_true", help="without augmentation, dropout and averaged weights")
     parser.add_argument("--peer", action="store_true", help="beside --bare, in turn, the same training in PyTorch")
     parser.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="leave a trace, and name costly kernels")

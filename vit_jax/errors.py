@@ -69,8 +69,13 @@ def run(command: Callable[[list[str]], None], interruption: str = "interrupted")
         if known is None or "--debug" in arguments:
             raise
         label = "stopped" if isinstance(known, Stopped) else "error"
-        print(f"{label}: {' '.join(str(known).split())}", file=sys.stderr, flush=True)
+        print(f"{label}: {one_line(known)}", file=sys.stderr, flush=True)
         sys.exit(known.exit_code)
+
+
+def one_line(error: BaseException, most: int | None = None) -> str:
+    """An error's message as a line, of `most` characters."""
+    return " ".join(str(error).split())[:most]
 
 
 def expected(error: Exception) -> UserError | RunError | Stopped | None:

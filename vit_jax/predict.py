@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> None:
 
 
 def say(error: errors.UserError) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error: {errors.one_line(error)}", file=sys.stderr, flush=True)
 
 
 def _names(arguments: Iterable[str]) -> Iterator[str]:

@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     except (errors.UserError, errors.RunError) as error:
         if not args.child or args.debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", flush=True)
+        print(f"error: {errors.one_line(error)}", flush=True)
         sys.exit(error.exit_code)
     if not args.child:
         for name, split in splits.items():

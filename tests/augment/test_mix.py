@@ -12,9 +12,9 @@ from vit_jax.augment.mix import Mixing
 
 KEY = jax.random.key(0)
 SHAPES = [(32, 8, 8, 3), (7, 9, 14, 3), (6, 13, 5, 1)]  # even, odd, one channel; square, wide, tall
-MIXUP = Mixing(mixup=0.8, cutmix=0.0, probability=1.0, switch=0.5, per_example=True)
-CUTMIX = Mixing(mixup=0.0, cutmix=1.0, probability=1.0, switch=0.5, per_example=True)
-BOTH = Mixing(mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, per_example=True)
+MIXUP = Mixing(mixup=0.8, cutmix=0.0, probability=1.0, cutmix_share=0.5, per_example=True)
+CUTMIX = Mixing(mixup=0.0, cutmix=1.0, probability=1.0, cutmix_share=0.5, per_example=True)
+BOTH = Mixing(mixup=0.8, cutmix=1.0, probability=1.0, cutmix_share=0.5, per_example=True)
 mix = jax.jit(mixing.mix, static_argnums=3)
 erase = jax.jit(mixing.erase, static_argnums=(3, 4))
 crop_paste = jax.jit(mixing.crop_paste)
@@ -50,14 +50,14 @@ def random_pictures(*shape, low=0, high=256):
     return np.random.default_rng(0).integers(low, high, shape, dtype=np.uint8)
 
 
-def own_shares(how, shape=(1, 1), probability=1.0, switch=0.5):
+def own_shares(how, shape=(1, 1), probability=1.0, cutmix_share=0.5):
     """What each of 4000 examples keeps of its own label; without `per_example`, each of 4000 batches."""
-    return np.asarray(jitted_own_shares(how, shape, probability, switch))
+    return np.asarray(jitted_own_shares(how, shape, probability, cutmix_share))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def jitted_own_shares(how, shape, probability, switch):  # two numbers that are traced, so that a program tries several
-    how = replace(how, probability=probability, switch=switch)
+def jitted_own_shares(how, shape, probability, cutmix_share):  # both traced, so that a program tries several
+    how = replace(how, probability=probability, cutmix_share=cutmix_share)
     if how.per_example:
         targets = jnp.tile(jnp.eye(2), (2000, 1))
         mixed = mixing.mix(KEY, jnp.zeros((4000, *shape, 1), jnp.uint8), targets, how, True)[1]
@@ -162,17 +162,17 @@ def test_probability(per_example):
 @pytest.mark.parametrize("per_example", [False, True])
 def test_switch(per_example):
     """With this alpha mixup takes half of each, and CutMix on a single pixel all or nothing."""
-    for switch in (0.0, 0.3, 1.0):
-        shares = own_shares(replace(BOTH, mixup=1e4, per_example=per_example), switch=switch)
+    for cutmix_share in (0.0, 0.3, 1.0):
+        shares = own_shares(replace(BOTH, mixup=1e4, per_example=per_example), cutmix_share=cutmix_share)
         mixup = np.abs(shares - 0.5) < 0.1
         assert (mixup | (shares < 1e-6) | (shares > 1 - 1e-6)).all()
-        assert near((~mixup).mean(), switch, 4000)
+        assert near((~mixup).mean(), cutmix_share, 4000)
 
 
 def test_each_of_both_has_its_own_alpha():
     alone = replace(BOTH, mixup=0.2, cutmix=1e4)  # CutMix's boxes have half of the area, less what the edges cut
     shares = own_shares(alone, (32, 32))
-    boxes = own_shares(alone, (32, 32), switch=1.0)
+    boxes = own_shares(alone, (32, 32), cutmix_share=1.0)
     assert boxes.min() > 0.45
     assert near((shares < 0.45).mean(), 0.5 * scipy.stats.beta(0.2, 0.2).cdf(0.45), 4000)
 

@@ -14,7 +14,8 @@ def of_run(step, skipped, allowed, **sums):
     """A run, and what it fetched after a dispatch."""
     config = default_config()
     config.train.skip_nonfinite = allowed
-    run = types.SimpleNamespace(config=config, schedule=lambda step: 0.5 * step, epochs=lambda step: step / 10)
+    job = types.SimpleNamespace(config=config, schedule=lambda step: 0.5 * step)
+    run = types.SimpleNamespace(job=job, epochs=lambda step: step / 10)
     done = {"step": np.int32(step), "skipped": np.int32(skipped), "norm": np.float32("nan"), "sums": sums}
     return run, done
 
@@ -35,10 +36,10 @@ def test_the_rate_is_the_optimizers_which_does_not_count_skipped_steps():
 
 def test_one_step_too_many_ends_the_run():
     run, done = of_run(7, 2, 2)
-    loop._check_unfrozen(run, done)
+    loop._check_unfrozen(run.job, done)
     run, done = of_run(7, 3, 2)
     with pytest.raises(RunError, match=r"not finite at step 7 \(learning rate 2.5, gradient norm nan\)"):
-        loop._check_unfrozen(run, done)
+        loop._check_unfrozen(run.job, done)
 
 
 def test_a_run_that_goes_on_may_not_be_allowed_less_than_it_skipped():

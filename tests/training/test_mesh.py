@@ -19,6 +19,7 @@ from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import mesh, optim, step
 from vit_jax.training.dispatch import Dispatcher, make_evaluator
+from vit_jax.training.rules import match_rules, path_name
 
 STEPS = 20
 # Name: data, model, fsdp, where the pictures lie.
@@ -42,7 +43,7 @@ def task_of(data, model, fsdp):
         1,
         flip=True,
         erasing=0.5,
-        mixing=Mixing(mixup=0.0, cutmix=1.0, probability=1.0, switch=1.0, per_example=False),
+        mixing=Mixing(mixup=0.0, cutmix=1.0, probability=1.0, cutmix_share=1.0, per_example=False),
         mix_steps=10,
     )
     return step.Task(classifier, optimizer, augmentation, 0.1, accumulate=2, ema_decay=0.9, seed=0, fsdp=fsdp)
@@ -109,16 +110,16 @@ def test_a_process_has_the_rows_of_its_devices_wherever_they_are(monkeypatch):
     """As on a pod of four hosts, whose devices do not lie one host after the other."""
     cuts = {"a": (slice(None), slice(6, 8)), "b": (slice(None), slice(0, 2)), "c": (slice(None), slice(6, 8))}
     own = types.SimpleNamespace(addressable_devices_indices_map=lambda shape: cuts)
-    monkeypatch.setattr(mesh, "part_sharded", lambda _: own)
+    monkeypatch.setattr(mesh, "second_axis_sharded", lambda _: own)
     assert mesh.own_rows(8, mesh.make_mesh(1)).tolist() == [0, 1, 6, 7]
 
 
 def test_the_rules_cut_heads_and_hidden_units():
     shapes = jax.eval_shape(lambda: step.new_state(task_of(1, 1, False)))
-    axes = optim.match_rules(mesh.MODEL_RULES, shapes)
+    axes = match_rules(mesh.MODEL_RULES, shapes)
     block = "Transformer/encoderblock_0"
     named = {
-        optim.path_name(p): (x.shape, axis)
+        path_name(p): (x.shape, axis)
         for (p, x), axis in zip(
             jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(axes, is_leaf=lambda x: x is None), strict=True
         )

@@ -16,6 +16,7 @@ from vit_jax.models.presets import preset
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import dispatch, mesh, optim, step
 from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.training.rules import check_rules, match_rules, merge, multiplier_rules, partition, path_name, rule_table
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
 LABELS = np.random.default_rng(1).integers(0, 5, 16).astype(np.int32)
@@ -41,7 +42,7 @@ def shapes(model, size=8):
 
 
 def named(tree):
-    return {optim.path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def flat(tree):
@@ -55,9 +56,9 @@ def flat(tree):
 @pytest.mark.parametrize("fields", MODELS, ids=str)
 def test_presets_fit_every_model(spec, fields):
     model = make_model(**fields)
-    rules = optim.multiplier_rules(spec, model.depth)
-    optim.check_rules(rules, shapes(model))
-    multipliers = named(optim.match_rules(rules, shapes(model)))
+    rules = multiplier_rules(spec, model.depth)
+    check_rules(rules, shapes(model))
+    multipliers = named(match_rules(rules, shapes(model)))
     layers = {"mlp": ("LayerNorm_2", "MlpBlock_3"), "attention": ("LayerNorm_0", "MultiHeadDotProductAttention_1")}
     if spec in ("head", "mlp", "attention"):
         trained = {name for name, multiplier in multipliers.items() if multiplier}
@@ -71,7 +72,7 @@ def test_presets_fit_every_model(spec, fields):
 @pytest.mark.parametrize("spec, trained", [("full", 85_875_556), ("mlp", 56_764_516), ("head", 76_900)])
 def test_parameters_of_b16_with_100_classes(spec, trained):
     params = shapes(VisionTransformer(num_classes=100, **preset("B/16")), 224)
-    parts = optim.partition(params, optim.multiplier_rules(spec, 12))
+    parts = partition(params, multiplier_rules(spec, 12))
     assert [sum(x.size for x in jax.tree.leaves(part)) for part in parts] == [trained, 85_875_556 - trained]
 
 
@@ -80,8 +81,8 @@ def test_layer_decay_counts_from_the_head():
     below = ("cls", "embedding/kernel", "Transformer/posembed_input/pos_embedding")
     stems = shapes(make_model(depth=12, pool="seq", stem="conv"))
     stems |= {"conv_root": {"kernel": 0}, "gn_root": {"scale": 0}, "block1": {"unit1": {"conv1": {"kernel": 0}}}}
-    rules = optim.multiplier_rules("layers:0.5", 12)
-    plain, stemmed = (named(optim.match_rules(rules, tree)) for tree in (params, stems))
+    rules = multiplier_rules("layers:0.5", 12)
+    plain, stemmed = (named(match_rules(rules, tree)) for tree in (params, stems))
     for i in range(12):
         block = {value for name, value in plain.items() if f"/encoderblock_{i}/" in name}
         assert block == {2.0 ** (i - 12)}, i
@@ -100,7 +101,7 @@ def test_layer_decay_counts_from_the_head():
 
 def test_rules_of_ones_own_stay_as_they_are():
     rules = (("^head/", 2.0), (".*", 0.5))
-    assert optim.multiplier_rules(rules, 3) is rules
+    assert multiplier_rules(rules, 3) is rules
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_rules_of_ones_own_stay_as_they_are():
 )
 def test_unknown_presets_and_decays_are_errors(spec):
     with pytest.raises(UserError, match="^unknown init.multipliers|from 0.1 to 1"):
-        optim.multiplier_rules(spec, 3)
+        multiplier_rules(spec, 3)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +131,13 @@ def test_unknown_presets_and_decays_are_errors(spec):
 def test_rules_that_do_not_fit_say_why(rules, message):
     params = {"embedding": {"kernel": np.zeros(3)}, "head": {"bias": np.zeros(2), "kernel": np.zeros((3, 2))}}
     with pytest.raises(UserError, match=message):
-        optim.check_rules(rules, params)
+        check_rules(rules, params)
 
 
 def test_table_of_rules():
     params = shapes(make_model(width=64, mlp_dim=128))
     rules = (("^head/", 1.0), ("/encoderblock_1/", 0.0625), ("^nothing$", 3.0), (".*", 0.0))
-    assert optim.rule_table(rules, params).splitlines() == [
+    assert rule_table(rules, params).splitlines() == [
         "multiplier  parameters  rule",
         "         1         325  ^head/",
         "    0.0625      33,472  /encoderblock_1/",
@@ -147,10 +148,10 @@ def test_table_of_rules():
 
 def test_a_tree_in_two_parts_is_the_same_tree_again():
     params = {"a": {"x": 1, "y": 2}, "b": {"x": 3}}
-    trained, frozen = optim.partition(params, (("y", 0.5), ("b", 1.0), (".*", 0.0)))
+    trained, frozen = partition(params, (("y", 0.5), ("b", 1.0), (".*", 0.0)))
     assert trained == {"a": {"x": None, "y": 2}, "b": {"x": 3}}
     assert frozen == {"a": {"x": 1, "y": None}, "b": {"x": None}}
-    assert optim.merge(trained, frozen) == params
+    assert merge(trained, frozen) == params
 
 
 # The optimizers
@@ -185,7 +186,7 @@ def test_a_multiplier_is_another_learning_rate(name):
     """Decay included."""
     params = small_params()
     rules = (("^head/", 1.0), ("/MlpBlock_3/", 0.5), (".*", 0.25))
-    multipliers = named(optim.match_rules(rules, params))
+    multipliers = named(match_rules(rules, params))
     found = named(run(make_optimizer(name, 0.1, multipliers=rules), params)[0])
     for _, multiplier in rules:
         slowed = named(run(make_optimizer(name, 0.1 * multiplier), params)[0])
@@ -199,7 +200,7 @@ def test_a_multiplier_is_another_learning_rate(name):
 def test_frozen_parameters_have_no_optimizer_state(name):
     params = small_params()
     rules = (("/MlpBlock_3/", 1.0), (".*", 0.0))
-    trained, _ = optim.partition(params, rules)
+    trained, _ = partition(params, rules)
     optimizer = make_optimizer(name, clip_norm=1.0, multipliers=rules)
     new, state = run(optimizer, trained)
     assert jax.tree.structure(new) == jax.tree.structure(trained)
@@ -215,7 +216,7 @@ def test_frozen_parameters_have_no_optimizer_state(name):
 
 def test_muon_leaves_frozen_parameters_to_nobody():
     params = small_params()
-    trained, _ = optim.partition(params, (("kernel", 1.0), (".*", 0.0)))
+    trained, _ = partition(params, (("kernel", 1.0), (".*", 0.0)))
     assert named(optim.muon_labels(trained)) == {
         "Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel": "muon",
         "head/kernel": "adamw",
@@ -256,7 +257,7 @@ def test_bfloat16_momentum_rounds_what_is_kept_and_not_the_update():
 
 def make_task(spec, name="sgd", accumulate=1, ema_decay=0.0, width=16, **options):
     model = make_model(pool="gap", depth=1, width=width, mlp_dim=2 * width)
-    rules = optim.multiplier_rules(spec, model.depth)
+    rules = multiplier_rules(spec, model.depth)
     classifier = step.Classifier(model, 8, (0.5,) * 3, (0.25,) * 3, mesh.make_mesh(-1))
     optimizer = make_optimizer(name, multipliers=rules, **options)
     return step.Task(classifier, optimizer, step.Augmentation(), 0.0, accumulate, ema_decay, 0, rules)
@@ -275,7 +276,7 @@ def test_frozen_parameters_and_their_average_keep_their_bits(one_step, name, spe
     before = state = state.replace(ema=jax.tree.map(lambda x: x + jnp.float32(0.3), state.params))
     for _ in range(3):
         state = one_step(task, 8, state, PICTURES, LABELS)
-    trained, frozen = optim.partition(before.params, task.multipliers)
+    trained, frozen = partition(before.params, task.multipliers)
     for field in ("params", "ema"):
         old, new = (named(getattr(x, field)) for x in (before, state))
         assert old.keys() == new.keys()
@@ -304,7 +305,7 @@ def test_trained_parameters_go_as_if_none_were_frozen(one_step, accumulate):
     start = step.new_state(task)
     new = one_step(task, 8, start, PICTURES, LABELS)
     expected = one_step(whole, 8, step.new_state(whole), PICTURES, LABELS)
-    trained, frozen = optim.partition(expected.params, task.multipliers)
+    trained, frozen = partition(expected.params, task.multipliers)
     found = named(new.params)
     for key, value in named(trained).items():
         np.testing.assert_allclose(found[key], value, atol=1e-6, err_msg=key)

@@ -9,6 +9,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import optim
+from vit_jax.training.rules import match_rules, path_name
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +24,21 @@ def params():
 
 def names(tree, wanted):
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, MuonDimensionNumbers | None))
-    return {optim.path_name(path) for path, leaf in leaves if wanted(leaf)}
+    return {path_name(path) for path, leaf in leaves if wanted(leaf)}
 
 
 def test_the_first_matching_rule_wins_and_every_parameter_must_be_covered():
     tree = {"a": {"kernel": 1, "bias": 2}, "b": 3}
     rules = [("a/bias", "first"), ("^a/", "second"), ("b", "third")]
-    assert optim.match_rules(rules, tree) == {"a": {"kernel": "second", "bias": "first"}, "b": "third"}
+    assert match_rules(rules, tree) == {"a": {"kernel": "second", "bias": "first"}, "b": "third"}
     with pytest.raises(ValueError, match="a/kernel"):
-        optim.match_rules([("bias", 1), ("b$", 2)], tree)
+        match_rules([("bias", 1), ("b$", 2)], tree)
 
 
 def test_exactly_the_matrices_decay(params):
-    decayed = names(optim.match_rules(optim.DECAY_RULES, params), bool)
+    decayed = names(match_rules(optim.DECAY_RULES, params), bool)
     assert decayed and all(name.endswith("/kernel") for name in decayed)
-    kernels = {optim.path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params) if p[-1].key == "kernel"}
+    kernels = {path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params) if p[-1].key == "kernel"}
     assert decayed == kernels
     assert {"head/kernel", "embedding/kernel", "pre_logits/kernel"} < decayed
 
@@ -133,7 +134,7 @@ def test_muon_decays_matrices_only(params):
         for key in path:
             other, weights = other[key.key], weights[key.key]
         expected = update - 0.1 * 0.5 * np.asarray(weights) if path[-1].key == "kernel" else update
-        np.testing.assert_allclose(other, expected, rtol=1e-4, atol=1e-6, err_msg=optim.path_name(path))
+        np.testing.assert_allclose(other, expected, rtol=1e-4, atol=1e-6, err_msg=path_name(path))
 
 
 def test_the_average_forgets_the_start_and_then_decays_as_told():

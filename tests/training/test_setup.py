@@ -164,7 +164,7 @@ def test_augmentation_follows_the_config():
         erasing=0.25,
         erasing_fill="mean",
         mean=(0.1, 0.2, 0.3),
-        mixing=Mixing(mixup=0.8, cutmix=1.0, probability=0.9, switch=0.3, per_example=True),
+        mixing=Mixing(mixup=0.8, cutmix=1.0, probability=0.9, cutmix_share=0.3, per_example=True),
         mix_steps=9,
         repeats=5,
         small_size=4,

@@ -20,7 +20,7 @@ LABELS = np.random.default_rng(1).integers(0, 5, 40).astype(np.int32)
 SPLIT = Split(PICTURES, LABELS, tuple("abcde"), (0.5,) * 3, (0.25,) * 3)
 STILL = step.Augmentation()
 MOVED = step.Augmentation(crop="pad", padding=2, flip=True)
-MIXED = mix.Mixing(mixup=0.8, cutmix=1.0, probability=1.0, switch=0.5, per_example=False)
+MIXED = mix.Mixing(mixup=0.8, cutmix=1.0, probability=1.0, cutmix_share=0.5, per_example=False)
 EVERYTHING = step.Augmentation(
     crop="resized",
     min_area=0.3,

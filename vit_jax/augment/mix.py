@@ -23,14 +23,14 @@ class Mixing:
       mixup: alpha of mixup's Beta(alpha, alpha); 0 is off.
       cutmix: the same for CutMix.
       probability: chance that a batch, or with `per_example` an example, is mixed at all.
-      switch: where both are on, the chance that it is CutMix.
+      cutmix_share: where both are on, the chance that it is CutMix.
       per_example: whether each example has its own share, box and decisions, or the batch has one of each.
     """
 
     mixup: float
     cutmix: float
     probability: float
-    switch: float
+    cutmix_share: float
     per_example: bool
 
 
@@ -51,7 +51,7 @@ def mix(
         return images, targets
     draws = len(images) if how.per_example else 1
     decision, choice, *centre, radius, angle = jax.random.uniform(key, (6, draws))
-    cut = choice < (how.switch if how.mixup and how.cutmix else float(how.cutmix > 0))
+    cut = choice < (how.cutmix_share if how.mixup and how.cutmix else float(how.cutmix > 0))
     alpha = jnp.where(cut, how.cutmix, how.mixup)
     mixed = enabled & (decision < how.probability)
     share = jnp.where(mixed, _symmetric_beta(radius, angle, alpha), 1.0)  # [draws]

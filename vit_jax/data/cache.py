@@ -1,7 +1,6 @@
 """The cache of one split: images.npy, labels.npy and meta.json in a directory of their own."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import pathlib
@@ -13,37 +12,8 @@ import numpy as np
 import tqdm
 
 from vit_jax.data import sources
+from vit_jax.data.splits import Split, channel_statistics
 from vit_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Pictures and labels of one split; `mean` and `std` per channel, in [0, 1] units, are the training pictures'."""
-
-    images: Any  # uint8 [N, H, W, C]: memory-mapped from the cache, or rows of that
-    labels: np.ndarray  # int32 [N]
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns mean and standard deviation per channel of uint8 `images` [N, H, W, C], in [0, 1] units.
-
-    Exact: integers below 2**53 add up without error in float64. A few megabytes of memory, whatever the size.
-    """
-    channels = images.shape[-1]
-    pixels = images.size // channels
-    total, squares = np.zeros(channels), np.zeros(channels)
-    rows = max(1, 2**18 // (images.shape[1] * images.shape[2]))
-    for start in range(0, len(images), rows):
-        chunk = np.asarray(images[start : start + rows], np.float64).reshape(-1, channels)
-        total += chunk.sum(0)
-        squares += np.einsum("nc,nc->c", chunk, chunk)
-    sums = [(int(s), int(q)) for s, q in zip(total, squares, strict=True)]
-    mean = tuple(s / pixels / 255 for s, _ in sums)
-    std = tuple((pixels * q - s * s) ** 0.5 / pixels / 255 for s, q in sums)
-    return mean, std
 
 
 class Unusable(Exception):

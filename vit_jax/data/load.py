@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import math
 import os
 import pathlib
 import re
@@ -21,34 +20,13 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data import cache, sources
-from vit_jax.data.cache import Split, channel_statistics
-from vit_jax.errors import FULL, RunError, UserError
+from vit_jax.data.splits import Split, Splits, channel_statistics, picked, stratified_sample, stratified_split
+from vit_jax.errors import FULL, RunError, UserError, one_line
 
 TFDS_NAMES = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn_cropped", "tiny_imagenet": "tiny_imagenet"}
 SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny_imagenet": 64}  # of their pictures, in pixels
 KNOWN = ("digits", *TFDS_NAMES, "tfds:NAME", "folder:PATH")
 FORMAT = 1  # of the cache; a change of it rebuilds
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """What a run trains, chooses and reports on."""
-
-    train: Split
-    validation: Split | None  # held out of train; None where holdout is 0
-    test: Split | None  # None where the source has no test pictures (then validation is there)
-
-    @property
-    def watched(self) -> Split:
-        """What curves and choices are measured on: the held-out pictures where there are any."""
-        split = self.validation or self.test
-        assert split is not None
-        return split
-
-    @property
-    def reported(self) -> Split:
-        """What the result is measured on: test where there is one."""
-        return self.test or self.watched
 
 
 def load(
@@ -116,7 +94,7 @@ def load_splits(
         raise UserError(f"{name} has no test pictures: set data.holdout to hold some of train out")
     held = None
     if holdout:
-        train, held = (_picked(train, indices) for indices in stratified_split(train.labels, holdout))
+        train, held = (picked(train, indices) for indices in stratified_split(train.labels, holdout))
         if not len(held.labels):
             count = len(splits["train"].labels)
             raise UserError(
@@ -129,74 +107,19 @@ def load_splits(
                 f"data.train_examples is {train_examples}: there are {count} pictures of {classes} classes, "
                 "and each class needs one"
             )
-        train = train if train_examples == count else _picked(train, stratified_sample(train.labels, train_examples))
+        train = train if train_examples == count else picked(train, stratified_sample(train.labels, train_examples))
     return Splits(train, held, test)
 
 
-class Rows:
-    """Some rows of an array, [N, ...] of [M, ...], read when they are asked for: all may be more than memory holds."""
-
-    def __init__(self, array: np.ndarray, rows: np.ndarray):
-        self._array, self._rows = array, rows
-        self.shape, self.dtype = (len(rows), *array.shape[1:]), array.dtype
-        self.nbytes = math.prod(self.shape) * array.dtype.itemsize
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return self._array[self._rows[index]]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
-
-
-def _picked(split: Split, indices: np.ndarray) -> Split:
-    return dataclasses.replace(split, images=Rows(split.images, indices), labels=split.labels[indices])
-
-
-def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Splits the indices of `labels` [N] into (kept, held), sorted, with `fraction` of every class held.
-
-    The same labels always give the same split. A class of two or more is on both sides (a class of one is kept);
-    within that, round(fraction * N) are held in all, the roundings going to the largest remainders.
-    """
-    labels = np.asarray(labels)
-    classes, counts = np.unique(labels, return_counts=True)
-    if fraction <= 0 or not len(labels):
-        return np.arange(len(labels)), np.arange(0)
-    quota = _quotas(fraction * counts, np.minimum(1, counts - 1), counts - 1, round(fraction * len(labels)))
-    held = _drawn(labels, classes, quota)
-    return np.setdiff1d(np.arange(len(labels)), held), held
-
-
-def stratified_sample(labels: np.ndarray, size: int) -> np.ndarray:
-    """The indices, sorted, of `size` of `labels` [N], each class in proportion and at least once; always the same."""
-    classes, counts = np.unique(labels, return_counts=True)
-    quota = _quotas(size * counts / len(labels), np.minimum(1, counts), counts, size)
-    while quota.sum() > size:  # classes too small for their share had one more
-        quota[np.argmax(quota)] -= 1
-    return _drawn(labels, classes, quota)
-
-
-def _quotas(ideal: np.ndarray, least: np.ndarray, most: np.ndarray, total: int) -> np.ndarray:
-    """`ideal` in whole numbers that sum up to `total`, the roundings going to the largest remainders."""
-    quota = np.clip(np.floor(ideal).astype(np.int64), least, most)
-    for index in np.argsort(quota - ideal, kind="stable"):  # furthest below its share first
-        quota[index] += quota.sum() < total and quota[index] < most[index]
-    return quota
-
-
-def _drawn(labels: np.ndarray, classes: np.ndarray, quota: np.ndarray) -> np.ndarray:
-    random = np.random.RandomState(0)  # NumPy keeps this stream for ever, unlike Generator's
-    return np.sort(
-        np.concatenate(
-            [random.permutation(np.flatnonzero(labels == c))[:n] for c, n in zip(classes, quota, strict=True)]
-        )
-    )
-
-
 # Where its cache is
+
+
+def expanded(path: str | os.PathLike) -> pathlib.Path:
+    """The path with ~ or ~user replaced by the home directory. Raises UserError where there is no such user."""
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _normalise(name: str) -> str:
@@ -205,7 +128,7 @@ def _normalise(name: str) -> str:
     if name == "digits" or name in TFDS_NAMES or (kind == "tfds" and re.fullmatch(r"[\w./+-]+", rest)):
         return name
     if kind == "folder" and rest:
-        return f"folder:{pathlib.Path(rest).expanduser().resolve()}"
+        return f"folder:{expanded(rest).resolve()}"
     near = difflib.get_close_matches(name, ("digits", *TFDS_NAMES), 1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(f"unknown data set {name!r}: {hint}Known are {', '.join(KNOWN)}")
@@ -213,7 +136,7 @@ def _normalise(name: str) -> str:
 
 def _data_dir(data_dir: str | os.PathLike | None) -> pathlib.Path:
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(data_dir or default).expanduser().resolve()
+    return expanded(data_dir or default).resolve()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +198,7 @@ def _read(request: _Request, say_why: bool = True) -> dict[str, Split] | None:
             }
         except cache.Unusable as error:
             if say_why:
-                reason = " ".join(str(error).split())
+                reason = one_line(error)
                 print(f"rebuilding the cache {directory}: {reason}", file=sys.stderr, flush=True)
     return None
 

@@ -1,4 +1,4 @@
-"""The order in which training reads a resident split, and the padding with which evaluation does."""
+"""The order in which training reads a split, wherever that lies, and the padding with which evaluation does."""
 
 import numpy as np
 

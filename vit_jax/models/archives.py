@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from vit_jax.errors import DENIED, UserError
+from vit_jax.errors import DENIED, UserError, one_line
 
 FLOATS = tuple(np.dtype(t) for t in (np.float32, np.float16, np.float64, ml_dtypes.bfloat16))
 DEFLATE_RATIO = 1032  # the most that zlib can expand: a member that claims more lies
@@ -60,7 +60,7 @@ def _damage(path: pathlib.Path, name: str = "") -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in DENIED:
             raise
         where = f"{path}, array {name!r}," if name else f"{path}"
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"{where} cannot be read ({type(error).__name__}: {reason}): get the file again") from error
 
 

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax.data.stand_in import SHAPES, stand_in
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup
+from vit_jax.training.dispatch import program_bytes
 from vit_jax.training.step import TABLE_STEPS, Probe, abstract_state, make_train_steps, pick_resident
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -43,13 +44,12 @@ def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
     devices = _devices(topology)
     program, arguments = training_dispatch(config, meshes.make_mesh(config.mesh.data, config.mesh.model, devices))
     compiled: Any = program.lower(*arguments).compile()
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    text = compiled.as_text()
     found = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
     return {
         "devices": f"{arguments[0].step.sharding.num_devices} x {devices[0].device_kind}",
-        "bytes_per_chip": used - memory.alias_size_in_bytes,
-        "flops_per_chip": compiled.cost_analysis()["flops"] * (config.optim.accumulate or 1),
+        "bytes_per_chip": program_bytes(compiled),
+        "flops_per_chip": compiled.cost_analysis()["flops"] * (config.optim.accumulate or 1),  # 0 is 1 part on a TPU
         "collectives": {name: number for name, number in found.items() if number},
     }
 
@@ -63,8 +63,9 @@ def training_dispatch(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrappe
     config.data.resident = "always"
     job = setup.make_job(config, train, mesh)
     each = meshes.replicated(mesh)
-    lying = meshes.batch_sharded(mesh) if setup.placement(config, train, mesh) == "shared" else each
-    count = len(train.labels) + -len(train.labels) % mesh.shape["data"]
+    lying, count = each, len(train.labels)
+    if setup.placement(config, train, mesh) == "shared":
+        lying, count = meshes.batch_sharded(mesh), count + -count % mesh.shape["data"]
 
     def at(shape, dtype, where):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -85,7 +86,7 @@ def _devices(topology: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **chip).devices)
     except Exception as error:  # of the library, of its absence, or of the name
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(
             f"cannot compile for {topology} ({reason}): give a topology as v5e:2x4, and pip install 'vit_jax[tpu]'"
         ) from error

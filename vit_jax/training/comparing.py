@@ -16,8 +16,8 @@ import jax
 
 from vit_jax.errors import RunError, UserError
 from vit_jax.training.measuring import Pace, Subject, Training, rates
-from vit_jax.training.optim import EVERYTHING
-from vit_jax.training.results import ROOT
+from vit_jax.training.rows import ROOT
+from vit_jax.training.rules import EVERYTHING
 
 SCRIPT = ROOT / "benchmarks" / "torch_peer.py"
 FIELDS = ("patch_size", "width", "depth", "num_heads", "mlp_dim", "pool", "position_embedding", "stem", "gelu")

@@ -82,7 +82,7 @@ class Streamed:
         batches = self._stream(first, count)
         batches += [batches[-1]] * (self.capacity - count)
         images, labels = (np.stack(x) for x in zip(*batches, strict=True))
-        return meshes.place_parts((images, labels), self._shape[0], self._mesh)
+        return meshes.place_batches((images, labels), self._shape[0], self._mesh)
 
 
 class Dispatcher:
@@ -140,6 +140,13 @@ class Dispatcher:
         while (more := seconds(count) - one) < SECONDS_PER_CALL / 10 and count < TABLE_STEPS:
             count = min(4 * count, TABLE_STEPS)
         return int(np.clip(SECONDS_PER_CALL / (max(more, 1e-9) / (count - 1)), 1, TABLE_STEPS))
+
+
+def program_bytes(program: jax.stages.Compiled) -> int:
+    """What a compiled program takes of a device: arguments, results and what it needs besides."""
+    memory: Any = program.memory_analysis()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return used - memory.alias_size_in_bytes
 
 
 def make_evaluator(

@@ -26,7 +26,7 @@ from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.dispatch import Dispatcher, featured
 from vit_jax.training.lock import Lock, holder
-from vit_jax.training.optim import EVERYTHING, rule_table
+from vit_jax.training.rules import EVERYTHING, rule_table
 from vit_jax.training.setup import Job
 from vit_jax.training.signals import Signals, caught
 from vit_jax.training.step import (
@@ -92,15 +92,9 @@ def _train(
         print(f"the run in {workdir} is finished: nothing to do")
         return summary
     meshes.enable_compilation_cache()
-    mesh = meshes.make_mesh(config.mesh.data, config.mesh.model)
-    if new := not runs.has_checkpoints(workdir):
-        with processes.first_goes_first("weights"):  # of a URL it fetches them
-            config = starting.resolve(config)
-    with processes.first_goes_first("data"):
-        splits = setup.load_data(config)
-    config = runs.same_run(setup.resolve_data(config, splits.train, mesh), workdir)
-    processes.check_same("data set", [to_dict(config)["data"], splits.train.labels.tolist()])
-    job = setup.make_job(config, splits.train, mesh)
+    new = not runs.has_checkpoints(workdir)
+    job, splits = _prepared(config, workdir, new)
+    config = job.config
     notes, initial = list(job.notes), None
     if config.init.checkpoint and new:
         initial, origin = starting.weights(config, job.classifier, splits.train.class_names)
@@ -116,14 +110,13 @@ def _train(
     notes += tracking.notes
     state, seconds = _new_state(job.task, initial) if new else checkpoints.restore_newest(abstract_state(job.task))
     _check_allowed(config, int(state.skipped))
-    begin = (
-        f"going on from step {state.step}" if state.step else f"from {'new' if initial is None else 'these'} weights"
-    )
-    _announce(job, splits, workdir, state.params, [*notes, begin])
+    begin = "from new weights" if initial is None else "from these weights"
+    notes.append(f"going on from step {state.step}" if state.step else begin)
+    _announce(job, splits, workdir, state.params, notes)
     if isinstance(job.classifier, Probe):
         splits = _featured(splits, job.classifier, state.params, setup.evaluation_size(config))
 
-    placement = setup.placement(config, splits.train, mesh)
+    placement = setup.placement(config, splits.train, job.classifier.mesh)
     dispatch = Dispatcher(job.task, state, splits.train, config.train.batch_size, placement)
     if not config.train.steps_per_call:
         config.train.steps_per_call = dispatch.choose_steps_per_call(state, int(state.step))
@@ -154,8 +147,8 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
     clock = Clock(seconds)
     vote = processes.Vote()
     file = None if processes.is_first() else open(os.devnull, "w")
-    progress = Progress(step, plan.total, batch_size, file)
-    with file or contextlib.nullcontext(), contextlib.closing(progress):
+    bar = Progress(step, plan.total, batch_size, file)
+    with file or contextlib.nullcontext(), contextlib.closing(bar):
         while step < plan.total and not metrics.patience_is_over(config.train.patience):
             stop = plan.next_stop(step, config.train.steps_per_call)
             clock.count(stop - step)
@@ -165,8 +158,8 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
             pause = stopping or step in plan.evaluations or step in plan.checkpoints
             # Without a pause, look at the dispatch before: to wait for this one would idle the device.
             seen = jax.device_get(done if pause else before)
-            _check_unfrozen(run, seen)
-            progress.update(step, _mean_loss(seen["sums"]))
+            _check_unfrozen(run.job, seen)
+            bar.update(step, _mean_loss(seen["sums"]))
             if not pause:
                 continue
 
@@ -178,23 +171,36 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
                 row = _row(run, seen) | clock.rate(batch_size) | _validate(run, state)
                 metrics.add(row)
                 run.tracking.add(row)
-                progress.say(_describe(row, plan.total))
+                bar.say(_describe(row, plan.total))
                 state = dataclasses.replace(state, sums=meshes.place(zero_sums(), run.job.classifier.mesh))
                 done = jax.device_get(state.progress)
             best = run.selects and evaluated and best_row(metrics.rows)["step"] == step
             if stopping or best or step in plan.checkpoints:
-                _check_weights(run, state)
+                _check_weights(run.job, state)
                 run.checkpoints.save(state, score(row) if run.selects and evaluated else None, clock.seconds)
             if stopping and step < plan.total:
                 _draw_curves(run)
                 raise Stopped(f"saved step {step} of {plan.total} in {run.workdir}; the same command goes on")
             clock.start()
-        _check_weights(run, state)
+        _check_weights(run.job, state)
         run.checkpoints.save(state, None, clock.seconds)  # where patience ended the run before its last step
     return state, clock.seconds
 
 
-# The state that a run begins with
+# What a run begins with
+
+
+def _prepared(config: ConfigDict, workdir: pathlib.Path, new: bool) -> tuple[Job, Splits]:
+    """A run's job and pictures; what the config leaves automatic is filled in, or as the run has it already."""
+    mesh = meshes.make_mesh(config.mesh.data, config.mesh.model)
+    if new:
+        with processes.first_goes_first("weights"):  # of a URL it fetches them
+            config = starting.resolve(config)
+    with processes.first_goes_first("data"):
+        splits = setup.load_data(config)
+    config = runs.same_run(setup.resolve_data(config, splits.train, mesh), workdir)
+    processes.check_same("data set", [to_dict(config)["data"], splits.train.labels.tolist()])
+    return setup.make_job(config, splits.train, mesh), splits
 
 
 def _announce(job: Job, splits: Splits, workdir: pathlib.Path, params: Any, notes: list[str]) -> None:
@@ -243,20 +249,20 @@ def _check_allowed(config: ConfigDict, skipped: int) -> None:
         )
 
 
-def _check_unfrozen(run: Run, done: Mapping[str, Any]) -> None:
+def _check_unfrozen(job: Job, done: Mapping[str, Any]) -> None:
     """Raises RunError where a dispatch met a step that may not be skipped."""
-    if done["skipped"] > run.job.config.train.skip_nonfinite:
-        raise _diverged(run, "loss or its gradient is", done)
+    if done["skipped"] > job.config.train.skip_nonfinite:
+        raise _diverged(job, "loss or its gradient is", done)
 
 
-def _check_weights(run: Run, state: TrainState) -> None:
+def _check_weights(job: Job, state: TrainState) -> None:
     """Raises RunError where finite gradients broke the weights: the loss shows that a step later."""
     if not all_finite(state.params):
-        raise _diverged(run, "weights are", jax.device_get(state.progress))
+        raise _diverged(job, "weights are", jax.device_get(state.progress))
 
 
-def _diverged(run: Run, what: str, done: Mapping[str, Any]) -> RunError:
-    rate = _rate(run, int(done["step"]), run.job.config.train.skip_nonfinite)
+def _diverged(job: Job, what: str, done: Mapping[str, Any]) -> RunError:
+    rate = _rate(job, int(done["step"]), job.config.train.skip_nonfinite)
     return RunError(
         f"the {what} not finite at step {done['step']} (learning rate {rate:.3g}, gradient norm {done['norm']:.3g}); "
         "checkpoints before it are kept; lower optim.learning_rate or set optim.clip_norm in a new --workdir, or "
@@ -264,9 +270,9 @@ def _diverged(run: Run, what: str, done: Mapping[str, Any]) -> RunError:
     )
 
 
-def _rate(run: Run, step: int, skipped: int) -> float:
+def _rate(job: Job, step: int, skipped: int) -> float:
     """The learning rate of `step`: the optimizer does not count the steps that were skipped."""
-    return float(run.job.schedule(max(step - skipped, 0)))
+    return float(job.schedule(max(step - skipped, 0)))
 
 
 @contextlib.contextmanager
@@ -294,7 +300,7 @@ def _row(run: Run, done: Mapping[str, Any]) -> Row:
     return {
         "step": step,
         "epoch": run.epochs(step),
-        "learning_rate": _rate(run, step - 1, int(done["skipped"])),
+        "learning_rate": _rate(run.job, step - 1, int(done["skipped"])),
         "train_loss": _mean_loss(sums),
         "train_accuracy": None if math.isnan(accuracy) else accuracy,
     }

@@ -26,9 +26,9 @@ from vit_jax.data.resident import padded
 from vit_jax.data.stand_in import SHAPES, stand_in
 from vit_jax.errors import RunError
 from vit_jax.training import mesh as meshes
-from vit_jax.training import results, setup
+from vit_jax.training import rows, setup
 from vit_jax.training.checkpoint import Checkpoints
-from vit_jax.training.dispatch import Dispatcher, featured
+from vit_jax.training.dispatch import Dispatcher, featured, program_bytes
 from vit_jax.training.setup import Job
 from vit_jax.training.step import Augmentation, Probe, Task, init_state
 
@@ -90,7 +90,7 @@ def opened(config: ConfigDict) -> Subject:
 def _pictures(config: ConfigDict) -> tuple[Splits, bool]:
     """The config's pictures, and whether they are fabricated: where they would have to be downloaded."""
     data = config.data
-    if data.name not in SHAPES or load.is_cached(data.name, data.dir and setup.expanded(data.dir)):
+    if data.name not in SHAPES or load.is_cached(data.name, data.dir):
         return setup.load_data(config), False
     return stand_in(data.name, data.train_examples, data.holdout), True
 
@@ -145,7 +145,7 @@ class Training:
 def measure(subject: Subject, pace: Pace, import_seconds: float | None = None) -> tuple[dict[str, Any], Training]:
     """The row of a config's speed and start, and the training that it was measured on.
 
-    Its `parts` are None until `add_parts` fills them in.
+    Its `parts` are None: `parts` measures them.
     """
     cold, training = started(subject)
     training.choose(subject.job.config.train.steps_per_call)
@@ -173,7 +173,7 @@ def measure(subject: Subject, pace: Pace, import_seconds: float | None = None) -
         "placement": setup.placement(subject.job.config, train, mesh),
         "fabricated": subject.fabricated,
         "devices": mesh.size,
-    } | results.about(), training
+    } | rows.about(), training
 
 
 def rates(subject: Subject, steps_per_second: list[float]) -> dict[str, Any]:
@@ -232,9 +232,7 @@ def peak_memory(dispatch: Dispatcher) -> tuple[int, str]:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"], "device"
-    memory: Any = next(iter(dispatch.programs.values())).memory_analysis()
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return used - memory.alias_size_in_bytes, "compiler"
+    return program_bytes(next(iter(dispatch.programs.values()))), "compiler"
 
 
 def peak_host_memory() -> int:

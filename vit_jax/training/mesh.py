@@ -1,4 +1,4 @@
-"""Devices: the mesh, and where arrays lie on it. No other module knows how many devices there are.
+"""Devices: the mesh, and where arrays lie on it.
 
 The mesh has two axes. A batch is cut along "data"; matrices can be cut along "model" (tensor parallelism, Shoeybi et
 al. 2019, arXiv 1909.08053: attention by head, the MLP by hidden unit), and all of the state along "data" besides (FSDP;
@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vit_jax.errors import UserError
-from vit_jax.training.optim import match_rules
+from vit_jax.training.rules import match_rules
 
 # (regex on a parameter's path, which of its axes lies along "model"; None: none); the first match wins. Optimizers keep
 # what they know of a parameter under its name, so the rules are theirs too.
@@ -81,8 +81,8 @@ def batch_sharded(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def part_sharded(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array whose second axis is the batch, the first being the parts it is cut into."""
+def second_axis_sharded(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose second axis is the batch: of its parts, or of many batches."""
     return NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
@@ -130,11 +130,11 @@ def place(tree: Any, mesh: Mesh, sharding: NamedSharding | None = None) -> Any:
 
 def own_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Which rows of a batch lie on this process's devices, sorted: on a pod not always one after the other."""
-    cuts = part_sharded(mesh).addressable_devices_indices_map((1, batch_size)).values()
+    cuts = second_axis_sharded(mesh).addressable_devices_indices_map((1, batch_size)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[cut[1]] for cut in cuts if cut is not None]))
 
 
-def place_parts(tree: Any, batch_size: int, mesh: Mesh) -> Any:
+def place_batches(tree: Any, batch_size: int, mesh: Mesh) -> Any:
     """Puts host arrays on the devices: of batches [T, B, ...] the `own_rows` of each, which its devices share."""
     rows = own_rows(batch_size, mesh)
 
@@ -144,7 +144,7 @@ def place_parts(tree: Any, batch_size: int, mesh: Mesh) -> Any:
             first = np.searchsorted(rows, start)
             return x[:, first : first + stop - start]
 
-        return jax.make_array_from_callback((len(x), batch_size, *x.shape[2:]), part_sharded(mesh), shard)
+        return jax.make_array_from_callback((len(x), batch_size, *x.shape[2:]), second_axis_sharded(mesh), shard)
 
     return jax.tree.map(put, tree)
 

@@ -89,7 +89,7 @@ def notes(config: ConfigDict, task: Task, plan: Plan) -> list[str]:
         lines[-1] += f" Until step {how.small_steps} of {plan.total} the model sees crops of {how.small_size} pixels."
     if how.mixing is not None:
         ends = f", until step {how.mix_steps} of {plan.total}" if how.mix_steps < plan.total else ""
-        lines[-1] += f" Pictures are mixed with the one above, the first with the last of the batch{ends}."
+        lines[-1] += f" Pictures are mixed in pairs, the first with the second and so on{ends}."
     if config.train.label_smoothing:
         lines[-1] += f" Labels are shown without their smoothing of {config.train.label_smoothing:g}."
     return lines

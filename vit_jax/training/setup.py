@@ -1,7 +1,6 @@
 """From a config and its data to the parts of a run: the resolved config, the plan of its steps, the model, the task."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +22,11 @@ from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import dispatch, processes
 from vit_jax.training import mesh as meshes
 from vit_jax.training.cost import flops_per_image
-from vit_jax.training.optim import (
+from vit_jax.training.optim import make_optimizer, make_schedule
+from vit_jax.training.rules import (
     EVERYTHING,
     Rules,
     check_rules,
-    make_optimizer,
-    make_schedule,
     multiplier_rules,
     partition,
     path_name,
@@ -78,11 +76,17 @@ class Job:
 
     config: ConfigDict
     plan: Plan
-    rules: Rules
-    classifier: Classifier
     task: Task
     schedule: Callable[[int], Any]
     notes: list[str]
+
+    @property
+    def classifier(self) -> Classifier:
+        return self.task.classifier
+
+    @property
+    def rules(self) -> Rules:
+        return self.task.multipliers
 
     @property
     def flops(self) -> float | None:
@@ -102,15 +106,7 @@ def make_job(config: ConfigDict, train: Split, mesh: Mesh) -> Job:
     rules = make_rules(config, classifier)
     classifier = as_probe(config, classifier, rules)
     task, schedule = make_task(config, classifier, plan, rules)
-    return Job(config, plan, rules, classifier, task, schedule, notes)
-
-
-def expanded(path: str) -> pathlib.Path:
-    """The path with ~ or ~user replaced by the home directory. Raises UserError where there is no such user."""
-    try:
-        return pathlib.Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{path}: {error}") from error
+    return Job(config, plan, task, schedule, notes)
 
 
 def facts(config: ConfigDict) -> Facts:
@@ -125,7 +121,7 @@ def load_data(config: ConfigDict) -> Splits:
     data = config.data
     return load_splits(
         data.name,
-        data_dir=None if data.dir is None else expanded(data.dir),
+        data_dir=data.dir,
         holdout=data.holdout,
         train_examples=data.train_examples,
         image_size=data.image_size,
@@ -186,15 +182,15 @@ def resolve_data(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
         raise UserError(
             f"augment.small_size={small} of data.image_size={size} is less than a pixel of {height}x{width} pictures"
         )
-    devices, parts = mesh.shape["data"], mesh.shape["model"]
+    data, model = mesh.shape["data"], mesh.shape["model"]
     if not config.optim.accumulate:
         config.optim.accumulate = _parts_for_a_cache(config, mesh)
-    if part_size(config) % devices:
+    if part_size(config) % data:
         of = f" / optim.accumulate={config.optim.accumulate}" if config.optim.accumulate > 1 else ""
-        raise UserError(f"train.batch_size={config.train.batch_size}{of} is not divisible by the {devices} devices")
+        raise UserError(f"train.batch_size={config.train.batch_size}{of} is not divisible by mesh.data={data}")
     for name in ("num_heads", "mlp_dim"):
-        if config.model[name] % parts:
-            raise UserError(f"model.{name}={config.model[name]} is not divisible by mesh.model={parts}")
+        if config.model[name] % model:
+            raise UserError(f"model.{name}={config.model[name]} is not divisible by mesh.model={model}")
     return config
 
 
@@ -355,7 +351,7 @@ def make_augmentation(config: ConfigDict, plan: Plan) -> Augmentation:
             mixup=augment.mixup,
             cutmix=augment.cutmix,
             probability=augment.mix_probability,
-            switch=augment.cutmix_share,
+            cutmix_share=augment.cutmix_share,
             per_example=augment.mix_by == "example",
         )
     return Augmentation(

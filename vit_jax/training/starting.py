@@ -17,8 +17,8 @@ from flax import traverse_util
 from fsspec.callbacks import TqdmCallback
 from ml_collections import ConfigDict
 
-from vit_jax.data.load import Splits
-from vit_jax.errors import DENIED, FULL, UserError
+from vit_jax.data.load import Splits, expanded
+from vit_jax.errors import DENIED, FULL, UserError, one_line
 from vit_jax.models import pretrained
 from vit_jax.models.archives import Stored
 from vit_jax.models.pretrained import Facts, Source
@@ -111,7 +111,7 @@ def prepared(config: ConfigDict) -> tuple[ConfigDict, Splits, Classifier]:
 @contextlib.contextmanager
 def opened(checkpoint: str) -> Iterator[Source]:
     """The weights at a path or URL: a .npz or .safetensors file, a folder of transformers', or a run's workdir."""
-    path = fetched(checkpoint) if "://" in checkpoint else setup.expanded(checkpoint)
+    path = fetched(checkpoint) if "://" in checkpoint else expanded(checkpoint)
     if (path / "checkpoints").is_dir():
         yield _of_run(path)
         return
@@ -160,7 +160,7 @@ def fetched(url: str) -> pathlib.Path:
     except Exception as error:  # each of fsspec's file systems has errors of its own
         if isinstance(error, OSError) and error.errno in (*DENIED, *FULL):
             raise
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(
             f"cannot fetch {url} ({type(error).__name__}: {reason}): check the address, or download it yourself"
         ) from error

@@ -17,6 +17,7 @@ from vit_jax.augment import mix, ops, policies
 from vit_jax.models.vit import middle_positions
 from vit_jax.training import mesh as meshes
 from vit_jax.training import optim
+from vit_jax.training.rules import EVERYTHING, Rules, merge, partition
 
 # Most steps of a dispatch. Programs are compiled for index tables of this many steps, however many of them a dispatch
 # makes: the same program runs them all, so `steps_per_call` cannot change a result.
@@ -102,13 +103,17 @@ class Classifier:
         """The tree of the parameters' shapes."""
         return jax.eval_shape(lambda: self.init(0))
 
+    def inputs(self, images: jax.Array) -> jax.Array:
+        """Pictures of the model's size as it takes them: uint8 [B, S, S, C] → [B, S, S, C] of the model's dtype."""
+        return ops.normalize(images, self.mean, self.std, self.model.dtype)
+
     def logits(self, params: Any, images: jax.Array) -> jax.Array:
         """As evaluation sees pictures of any size: uint8 [B, H, W, C] → float32 [B, K]."""
         return self.apply(params, ops.resize(images, self.image_size), train=False)
 
     def apply(self, params: Any, images: jax.Array, train: bool, rngs: Any = None) -> jax.Array:
         """uint8 [B, S, S, C] → float32 [B, K], where S is `image_size` or, for crops, less."""
-        inputs = ops.normalize(images, self.mean, self.std, self.model.dtype)
+        inputs = self.inputs(images)
         patch_size = self.model.patch_size
         params = middle_positions(params, self.image_size // patch_size, images.shape[1] // patch_size)
         return jnp.asarray(self.model.apply({"params": params}, inputs, train=train, rngs=rngs))
@@ -150,7 +155,7 @@ class Task:
     accumulate: int
     ema_decay: float
     seed: int
-    multipliers: optim.Rules = optim.EVERYTHING
+    multipliers: Rules = EVERYTHING
     fsdp: bool = False
     skip_nonfinite: int = 0
 
@@ -168,7 +173,7 @@ def new_state(task: Task) -> TrainState:
     """The state before the first step, a function of the seed alone."""
     params = task.classifier.init(task.seed)
     ema = jax.tree.map(jnp.copy, params) if task.ema_decay else None
-    trained, _ = optim.partition(params, task.multipliers)
+    trained, _ = partition(params, task.multipliers)
     none = jnp.zeros((), jnp.int32)
     return TrainState(none, params, ema, task.optimizer.init(trained), zero_sums(), none, jnp.zeros(()))
 
@@ -195,7 +200,7 @@ def copy(tree: Any) -> Any:
 
 
 def step_keys(seed: int, step: jax.Array) -> jax.Array:
-    """The keys of a step's augmentation, mixing and dropout."""
+    """The keys of a step's augmentation, mixing and dropout, in this order: [3]."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3)
 
 
@@ -253,12 +258,13 @@ def train_step(task: Task, size: int, state: TrainState, images: jax.Array, labe
     if `task.skip_nonfinite` allows as many of them.
     """
     images, targets, mixed = training_pictures(task, size, state.step, images, labels)
-    dropout_key, mesh = step_keys(task.seed, state.step)[2], task.classifier.mesh
-    trained, frozen = optim.partition(state.params, task.multipliers)
+    *_, dropout_key = step_keys(task.seed, state.step)
+    mesh = task.classifier.mesh
+    trained, frozen = partition(state.params, task.multipliers)
 
     def loss_fn(trained, part, images, labels, targets):
         rngs = {"dropout": jax.random.fold_in(dropout_key, part)}
-        params = meshes.constrained(optim.merge(trained, frozen), mesh)  # gathered, where the devices keep parts
+        params = meshes.constrained(merge(trained, frozen), mesh)  # gathered, where the devices keep parts
         logits = task.classifier.apply(params, images, train=True, rngs=rngs)
         correct = jnp.sum(jnp.argmax(logits, -1) == labels).astype(jnp.float32)
         return jnp.mean(cross_entropy(logits, targets)), correct
@@ -271,18 +277,18 @@ def train_step(task: Task, size: int, state: TrainState, images: jax.Array, labe
     parts = task.accumulate
     # Every device keeps its own examples: a part takes each `parts`-th of them.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), (images, labels, targets))
-    split = lax.with_sharding_constraint(split, meshes.part_sharded(mesh))
+    split = lax.with_sharding_constraint(split, meshes.second_axis_sharded(mesh))
     zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
     (loss, correct, gradients), _ = lax.scan(add_part, zeros, (jnp.arange(parts), *split))
     loss, gradients = jax.tree.map(lambda x: x / parts, (loss, gradients))
 
     updates, optimizer = task.optimizer.update(gradients, state.optimizer, trained)
     trained = optax.apply_updates(trained, updates)
-    params, ema = optim.merge(trained, frozen), state.ema
+    params, ema = merge(trained, frozen), state.ema
     if ema is not None:
-        average, kept = optim.partition(ema, task.multipliers)
+        average, kept = partition(ema, task.multipliers)
         average = optim.update_ema(average, trained, optim.ema_decay(task.ema_decay, state.step))
-        ema = optim.merge(average, kept)
+        ema = merge(average, kept)
     correct = jnp.where(mixed, jnp.nan, correct)  # a mixed picture has no one class to be right about
     batch = {"loss": loss * len(labels), "correct": correct, "examples": jnp.float32(len(labels))}
     sums = jax.tree.map(jnp.add, state.sums, batch)

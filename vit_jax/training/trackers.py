@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ml_collections import ConfigDict
 
 from vit_jax.config import FIELDS, get, tracker_names
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, one_line
 from vit_jax.training import processes
 from vit_jax.training import workdir as runs
 from vit_jax.training.writers import COLUMNS, Row, write_json
@@ -215,7 +215,7 @@ class Tracking:
                     workdir.rmdir()
                 anew = f"; to begin a new record, remove {self._path}" if stored["record"] else ""
                 raise UserError(
-                    f"the tracker {name} cannot be used ({_one_line(error)}): set it up, or leave it out of "
+                    f"the tracker {name} cannot be used ({one_line(error)}): set it up, or leave it out of "
                     f"train.trackers{anew}"
                 ) from error
             self._open[name] = tracker
@@ -250,7 +250,7 @@ class Tracking:
                 act(name, tracker)
             except Exception as error:
                 del self._open[name]
-                warning = f"warning: the tracker {name} failed ({_one_line(error)}); it gets no more"
+                warning = f"warning: the tracker {name} failed ({one_line(error)}); it gets no more"
                 print(warning, file=sys.stderr, flush=True)
 
     def _keep(self) -> None:
@@ -283,7 +283,3 @@ def _library(name: str, module: str) -> Any:
 
 def _measured(row: Row) -> dict[str, float]:
     return {name: row[name] for name in COLUMNS[1:] if row[name] is not None}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

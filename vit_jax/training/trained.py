@@ -61,8 +61,7 @@ class Trained:
 
     def inputs(self, images: np.ndarray) -> jax.Array:
         """Pictures as the model takes them: uint8 [B, H, W, C] of any size -> floats [B, S, S, C]."""
-        how = self.classifier
-        return ops.normalize(ops.resize(jnp.asarray(images), how.image_size), how.mean, how.std, how.model.dtype)
+        return self.classifier.inputs(ops.resize(jnp.asarray(images), self.classifier.image_size))
 
 
 def _image_of(array: np.ndarray) -> Image.Image:
@@ -140,7 +139,7 @@ def measured_split(run: Trained, dataset: str | None = None) -> Split:
     data = run.config.data
     split = load_measured(
         dataset,
-        data_dir=None if data.dir is None else setup.expanded(data.dir),
+        data_dir=data.dir,
         image_size=run.side,
         skip_unreadable=data.skip_unreadable,
     )

@@ -52,7 +52,7 @@ def read_config(workdir: pathlib.Path) -> tuple[ConfigDict, tuple[str, ...]]:
 
 
 def read_about(workdir: pathlib.Path) -> dict[str, Any]:
-    """What config.json says of the run besides its config: class_names, versions, device, and command where known."""
+    """All that config.json says: config, class_names, versions, device, and command where known."""
     return json.loads((workdir / "config.json").read_text())
 
 
