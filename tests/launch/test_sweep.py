@@ -102,13 +102,19 @@ def test_the_table_holds_mean_and_sample_deviation_the_best_first(compared):
     assert (failed["seeds_done"], failed["seeds"], failed["failed"]) == ("1", "2", "1")
 
 
-def test_the_table_for_people_says_what_it_is_and_what_failed(compared):
+def test_the_table_for_people_says_what_it_is_and_what_failed(compared, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sweep.Figure, "savefig", lambda figure, path, **_: drawn.append((path, figure)))
     text = sweep.write_all(compared)
     assert text == (compared.workdir / "table.md").read_text()
     assert "| 54.00 ± 4.58 " in text and "| 70.00 (1 run) " in text and "| 1 of 2, 1 failed " in text
     assert "- `model.stem=conv`, seed 1: failed (exit 1): the loss is not finite" in text
     assert "held-out accuracy, %" in text and "0.1 of train" in text
-    assert (compared.workdir / "sweep.png").stat().st_size > 10_000
+    ((path, figure),) = drawn
+    legend = [entry.get_text().split()[-1] for entry in figure.legends[0].get_texts()]
+    assert path == compared.workdir / "sweep.png" and legend == ["model.pool=seq", "base", "model.stem=conv"]
+    thick = {line.get_color(): line.get_ydata()[-1] for line in figure.axes[0].lines if line.get_lw() == 2}
+    assert (thick["C0"], thick["C1"]) == pytest.approx((0.7, 0.54))
 
 
 @pytest.mark.parametrize("name", ["table.md", "table.csv", "runs.csv"])

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from vit_jax.config import FIELDS, differences, from_dict, get, put, to_dict
+from vit_jax.config import AUTOMATIC, FIELDS, differences, from_dict, get, put, to_dict
 from vit_jax.errors import UserError
 from vit_jax.training import mesh as meshes
 from vit_jax.training.checkpoint import Checkpoints, Damaged
@@ -22,7 +22,7 @@ from vit_jax.training.step import Classifier
 from vit_jax.training.writers import write_json
 
 # Filled in once, when a run begins, where they are left at their defaults; the data's own are found anew.
-CHOSEN = ("model.gelu", "model.norm_epsilon", "train.steps_per_call", "optim.accumulate")
+CHOSEN = tuple(path for path in AUTOMATIC if not path.startswith("data."))
 
 
 def versions() -> dict[str, str]:
