@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import load, sources
+from vit_jax.data import load, sources, splits
 from vit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -139,7 +139,7 @@ def test_holdout_is_taken_from_train_and_leaves_test_alone(cached, no_child):
 
 def test_rows_of_a_set_larger_than_memory_are_read_when_they_are_asked_for():
     terabyte = np.broadcast_to(np.arange(10**6, dtype=np.uint8)[:, None], (10**6, 10**6))
-    odd = load.Rows(load.Rows(terabyte, np.arange(1, 10**6)), np.arange(0, 10**6 - 1, 2))
+    odd = splits.Rows(splits.Rows(terabyte, np.arange(1, 10**6)), np.arange(0, 10**6 - 1, 2))
     assert (len(odd), odd.shape, odd.nbytes) == (500_000, (500_000, 10**6), 5 * 10**11)
     np.testing.assert_array_equal(odd[2:5][:, 0], [5, 7, 9])
     np.testing.assert_array_equal(odd[np.array([9, 0])][:, -1], [19, 1])

@@ -108,7 +108,7 @@ def attention_gradients(
 
         def nudge(call, args, kwargs, context):
             out = call(*args, **kwargs)
-            if not isinstance(context.module, SelfAttention):
+            if not isinstance(context.module, SelfAttention) or context.method_name != "__call__":
                 return out
             layer = int(context.module.path[-2].removeprefix("encoderblock_"))
             read[layer] = args[0]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from vit_jax.errors import RunError, UserError
+from vit_jax.training import rows
 from vit_jax.training.measuring import Pace, Subject, Training, rates
 from vit_jax.training.rows import ROOT
 from vit_jax.training.rules import EVERYTHING
@@ -121,5 +122,6 @@ def compare(subject: Subject, training: Training, steps: int, pace: Pace) -> tup
         ours, theirs = map(list, zip(*turns, strict=True))
         row = rates(subject, theirs) | {"torch": peer.about["torch"], "steps_per_window": few}
         row |= {name: peer.about[name] for name in ("parameters", "device", "compile_seconds", "peak_memory_bytes")}
+        row |= rows.about()
         ratio = statistics.median(ours) / statistics.median(theirs)
         return rates(subject, ours) | {"ratio_to_peer": ratio}, row
