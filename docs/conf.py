@@ -5,6 +5,7 @@ extensions = ["myst_nb"]  # MyST's Markdown; pages that are notebooks run while 
 exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_title = "vit_jax"
+html_sidebars = {"**": ["navbar-logo.html", "sbt-sidebar-nav.html"]}  # the search is above
 html_show_copyright = False
 myst_heading_anchors = 3
 nb_execution_raise_on_error = True

@@ -26,7 +26,7 @@ sys.modules["vit_jax.training"] = None
 wrong = []
 for command in json.load(sys.stdin):
     try:
-        module, *arguments = shlex.split(command, comments=True)[2:]
+        module, *arguments = shlex.split(command.removesuffix("&"), comments=True)[2:]
         importlib.import_module(module).main(arguments)
         wrong.append(f"{command}: does nothing")
     except Understood:
