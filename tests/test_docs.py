@@ -91,7 +91,8 @@ def test_a_wrong_command_is_found():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_files_are_there(page):
     assert broken_links(page) == []
-    named = re.findall(r"(?<![\w/.])(?:configs|launch|benchmarks|vit_jax|docs)/[\w/-]+\.(?:py|sh|sbatch|yaml|md|png|jpg)\b", page.read_text())
+    files = r"(?<![\w/.])(?:configs|launch|benchmarks|vit_jax|docs)/[\w/-]+\.(?:py|sh|sbatch|yaml|md|png|jpg)\b"
+    named = re.findall(files, page.read_text())
     assert [name for name in named if "NAME" not in name and not (ROOT / name).exists()] == []
 
 

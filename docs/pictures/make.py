@@ -1,6 +1,6 @@
 """Brings pictures that vit_jax drew into the documentation, in 128 colours: a third of the size.
 
-    python docs/pictures/make.py runs/digits/curves.png curves.png runs/digits/figures/confusion.png digits_confusion.png
+python docs/pictures/make.py runs/digits/curves.png curves.png ...
 """
 
 import pathlib
