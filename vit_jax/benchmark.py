@@ -106,7 +106,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="what is trained (needed)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers as JSON")
-    parser.add_argument("--record", action="store_true", help="also append them to benchmarks/kept.jsonl")
+    parser.add_argument("--record", action="store_true", help="also append them to benchmarks/results.jsonl")
     parser.add_argument("--bare", action="store_true", help="without augmentation, dropout and averaged weights")
     parser.add_argument("--peer", action="store_true", help="beside --bare, in turn, the same training in PyTorch")
     parser.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="leave a trace, and name costly kernels")
