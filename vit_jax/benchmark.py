@@ -104,7 +104,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         epilog="Fields of the config can be given as to vit_jax.main: --config.mesh.fsdp=True",
     )
-    parser.add_argument("--config", metavar="NAME|FILE.py[:VARIANT]", help="what is trained (needed)")
+    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="what is trained (needed)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers as JSON")
     parser.add_argument("--record", action="store_true", help="also append them to benchmarks/kept.jsonl")
     parser.add_argument("--bare", action="store_true", help="without augmentation, dropout and averaged weights")

@@ -25,7 +25,10 @@ SHIPPED = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "configs"  # the
 
 
 def parse(argument: str, overrides: Sequence[str]) -> tuple[ConfigDict, str]:
-    """Reads `NAME[:variant]` or `FILE.py[:variant]` and `--config.FIELD=VALUE` overrides; returns the checked config and its name.
+    """Reads a config and its `--config.FIELD=VALUE` overrides; returns the checked config and its name.
+
+    Args:
+      argument: `FILE.py` or the name of a shipped config, and `:variant` where it has some.
 
     Raises:
       UserError: the file, an override or the config as a whole is wrong.

@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", metavar="last|best|STEP", help="the checkpoint (default: last)")
     parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
     parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
-    parser.add_argument("--config", metavar="NAME|FILE.py[:VARIANT]", help="for augmentation: what would be trained")
+    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="for augmentation: what would be trained")
     parser.add_argument("--rows", type=_rows, help=f"for augmentation: 1 to {MOST_ROWS} pictures (default: 8)")
     args, rest = parser.parse_known_args(arguments)
     uses = {
