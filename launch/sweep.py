@@ -325,7 +325,7 @@ def draw(sweep: Sweep, table: Sequence[Row], runs: Sequence[Row]) -> None:
 def main(arguments: list[str]) -> None:
     parser = errors.ArgumentParser(prog="python launch/sweep.py", description=__doc__)
     parser.add_argument("recipes", nargs="*", metavar="RECIPE", help='overrides, "A.B=C D.E=F"; none: the config as is')
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="what the recipes start from (needed to train)")
+    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="what the recipes start from (needed to train)")
     parser.add_argument("--workdir", type=pathlib.Path, help="the sweep's folder (default: runs/sweep-<config name>)")
     parser.add_argument("--seeds", type=int, default=1, help="runs a recipe, with train.seed 0, 1, ... (default: 1)")
     parser.add_argument("--final", action="store_true", help="measure a chosen recipe: no holdout added, test accuracy")
@@ -339,7 +339,7 @@ def main(arguments: list[str]) -> None:
         print(write_all(read_sweep(args.workdir)), end="")
         return
     if args.config is None:
-        parser.error("--config is needed: --config configs/digits.py")
+        parser.error("--config is needed: --config digits")
     if args.seeds < 1:
         parser.error(f"--seeds {args.seeds}: it must be at least 1")
     recipes = list(dict.fromkeys(" ".join(recipe.split()) for recipe in recipes)) or [""]

@@ -1,6 +1,7 @@
 """The door: what each option prints, writes and refuses."""
 
 import json
+import subprocess
 
 import jax
 import pytest
@@ -89,3 +90,13 @@ def test_rows_are_recorded_in_a_clone(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "nowhere" / "results.jsonl")
     with pytest.raises(UserError, match="in a clone"):
         benchmark.main([*SMALL, "--record"])
+
+
+def test_the_commit_is_that_of_the_checkout_and_not_of_a_repository_around_an_install(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    assert rows.about()["commit"]
+    monkeypatch.setattr(rows, "ROOT", tmp_path / "site-packages")
+    assert rows.about()["commit"] is None

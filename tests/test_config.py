@@ -235,6 +235,36 @@ def test_a_missing_config_file_names_the_nearest(write):
         command_line.parse(path.replace("digits", "digit"), [])
 
 
+def test_a_shipped_config_is_found_by_its_name_where_there_is_no_such_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # no file
+    assert command_line.parse("digits", []) == command_line.parse(f"{ROOT}/configs/digits.py", [])
+    found, name = command_line.parse("cifar100_tiny:cpu", ["--config.train.epochs=2"])
+    assert name == "cifar100_tiny-cpu" and found.model.mlp_conv and found.train.epochs == 2
+    (tmp_path / "digits").rmdir()
+    (tmp_path / "digits").write_text("no Python")
+    with pytest.raises(UserError, match="must end in .py"):
+        command_line.parse("digits", [])
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("digit", "no config file digit; did you mean digits?"),
+        ("cifar100_tini:cpu", "no config file cifar100_tini; did you mean cifar100_tiny?"),
+        ("configs/digits.py", "did you mean digits?"),
+        ("../digits", "did you mean digits?"),
+        ("nowhere.py", "the shipped ones are cifar100_b16, cifar100_tiny, "),
+        ("", "the shipped ones are"),
+    ],
+)
+def test_an_unknown_name_names_what_there_is(name, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        command_line.parse(name, [])
+    assert words in str(error.value)
+
+
 def test_a_config_survives_json_and_differences_skip_what_may_change(write):
     config, _ = command_line.parse(write(GOOD), ["--config.data.mean=(0.1,0.2,0.3)", "--config.data.std=(1,1,1)"])
     again = configs.from_dict(configs.to_dict(config))

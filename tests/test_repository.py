@@ -7,6 +7,9 @@ import sys
 import tomllib
 
 import pytest
+import yaml
+
+import vit_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,6 +53,20 @@ def test_declared_dependencies_are_those_that_are_imported():
     declared = {IMPORTED_AS.get(name, name) for name in declared}
     used = {name.split(".")[0] for path in SOURCES for name in imports(path)}
     assert used - sys.stdlib_module_names - {"vit_jax"} == declared
+
+
+def test_there_is_one_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (latest, date), *_ = re.findall(r"^## \[([\d.]+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert cited["version"] == latest == vit_jax.__version__
+    assert cited["date-released"] == date
+
+
+def test_what_is_installed_is_every_room_and_the_configs():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = {".".join(path.relative_to(ROOT).parent.parts) for path in SOURCES}
+    assert set(setuptools["packages"]) == rooms | {"vit_jax.configs", "vit_jax.training.page"}
+    assert setuptools["package-dir"] == {"vit_jax.configs": "configs"}
 
 
 def test_the_training_process_never_imports_tensorflow_in_code():

@@ -7,6 +7,7 @@ if typing.TYPE_CHECKING:
     from vit_jax.training.predicting import Predictor
 
 __all__ = ["load"]
+__version__ = "0.1.0"
 
 
 def load(

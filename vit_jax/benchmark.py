@@ -104,7 +104,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         description=__doc__,
         epilog="Fields of the config can be given as to vit_jax.main: --config.mesh.fsdp=True",
     )
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="what is trained (needed)")
+    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="what is trained (needed)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the numbers as JSON")
     parser.add_argument("--record", action="store_true", help="also append them to benchmarks/results.jsonl")
     parser.add_argument("--bare", action="store_true", help="without augmentation, dropout and averaged weights")
@@ -116,7 +116,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--aot", metavar="TOPOLOGY", help="the TPUs, as v5e:2x4; pip install 'vit_jax[tpu]'")
     args, rest = parser.parse_known_args(arguments)
     if args.config is None:
-        parser.error("--config is needed: --config configs/cifar100_tiny.py")
+        parser.error("--config is needed: --config cifar100_tiny")
     for name in ("record", "bare", "peer", "profile", "sweep"):
         if args.aot and getattr(args, name):
             parser.error(f"--aot times nothing: leave out --{name}")

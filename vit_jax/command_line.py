@@ -1,7 +1,7 @@
 """Reads a config from its file and the command line.
 
 A config file defines `get_config(variant="")`, which starts from `default_config()`; `--config.GROUP.FIELD=VALUE`
-overrides a field.
+overrides a field. The shipped ones are also found by their names alone.
 """
 
 import ast
@@ -19,32 +19,50 @@ from ml_collections import ConfigDict
 from vit_jax.config import EITHER, FIELDS, check, checked, put, unknown
 from vit_jax.errors import UserError
 
+PACKAGE = pathlib.Path(__file__).parent
+INSTALLED = PACKAGE / "configs"
+SHIPPED = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent / "configs"  # the latter in a checkout
+
 
 def parse(argument: str, overrides: Sequence[str]) -> tuple[ConfigDict, str]:
-    """Reads `FILE.py[:variant]` and `--config.FIELD=VALUE` overrides; returns the checked config and its name.
+    """Reads a config and its `--config.FIELD=VALUE` overrides; returns the checked config and its name.
+
+    Args:
+      argument: `FILE.py` or the name of a shipped config, and `:variant` where it has some.
 
     Raises:
       UserError: the file, an override or the config as a whole is wrong.
     """
     filename, _, variant = argument.partition(":")
-    config = _load_file(pathlib.Path(filename), variant)
+    path = _find(filename)
+    config = _load_file(path, variant)
     given = dict(_split_override(override) for override in overrides)
-    for path, value in given.items():
-        other = EITHER.get(path)
+    for field, value in given.items():
+        other = EITHER.get(field)
         if other in given and value is not None and given[other] is not None:
-            raise UserError(f"--config.{path} and --config.{other} are both given: give one")
-        put(config, path, checked(path, FIELDS[path], value))
+            raise UserError(f"--config.{field} and --config.{other} are both given: give one")
+        put(config, field, checked(field, FIELDS[field], value))
         if other is not None and value is not None and other not in given:
             put(config, other, None)
     check(config)
-    return config, pathlib.Path(filename).stem + (f"-{variant}" if variant else "")
+    return config, path.stem + (f"-{variant}" if variant else "")
+
+
+def _find(name: str) -> pathlib.Path:
+    """The config file of that path or, where there is none, the shipped config of that name."""
+    path, shipped = pathlib.Path(name), SHIPPED / f"{name}.py"
+    if path.is_file():
+        return path
+    if path.name == name and shipped.is_file():
+        return shipped
+    names = sorted(p.stem for p in SHIPPED.glob("*.py"))
+    known = {p.name: str(p) for p in path.parent.glob("*.py") if p.is_file()} | {stem: stem for stem in names}
+    near = difflib.get_close_matches(path.name, known, 1)
+    hint = f"did you mean {known[near[0]]}?" if near else f"the shipped ones are {', '.join(names)}"
+    raise UserError(f"no config file {path}; {hint}")
 
 
 def _load_file(path: pathlib.Path, variant: str) -> ConfigDict:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py") if p.is_file()], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"no config file {path}{hint}")
     spec = importlib.util.spec_from_file_location(f"vit_jax_config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"config file {path} is not a Python file (its name must end in .py)")

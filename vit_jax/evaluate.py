@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, help="the run's folder; with --config: where the result goes")
     parser.add_argument("--checkpoint", metavar="last|best|STEP", help="the run's checkpoint (default: last)")
     parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="measure its init.checkpoint, nothing trained")
+    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="measure its init.checkpoint, nothing trained")
     parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
     parser.add_argument("--dataset", metavar="NAME", help="other pictures of the same classes, as folder:PATH")
     parser.add_argument(

@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> None:
         epilog="Started again, a run goes on. Every field of its config can be given here:\n\n"
         + command_line.field_help(),
     )
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="what to train, and how (needed)")
+    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="a file, or a shipped one's name (needed)")
     parser.add_argument("--workdir", type=pathlib.Path, help="the run's folder (default: runs/<config name>)")
     processes = parser.add_argument_group("several processes", "see the README; without these flags there is one")
     processes.add_argument("--coordinator", metavar="HOST:PORT|auto", help="process 0; or: ask the cluster")
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     args, rest = parser.parse_known_args(arguments)
     overrides = command_line.overrides_in(rest)
     if args.config is None:
-        parser.error("--config is needed: --config configs/digits.py")
+        parser.error("--config is needed: --config digits")
     config, name = command_line.parse(args.config, overrides)
     workdir = args.workdir or pathlib.Path("runs") / name
 

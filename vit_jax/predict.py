@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", metavar="last|best|STEP", help="the run's checkpoint (default: last)")
     parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
     parser.add_argument("--batch_size", type=_count, default=64, help="most pictures at once (default: 64)")
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="use its init.checkpoint instead of a run")
+    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="use its init.checkpoint instead of a run")
     args, rest = parser.parse_known_intermixed_args(arguments)
     overrides = command_line.overrides_in(rest)
     if (args.workdir is None) == (args.config is None):

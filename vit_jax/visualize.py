@@ -9,7 +9,7 @@
 --what distance       how far each head looks, by layer
 --what curves         loss and accuracy over epochs, curves.png; with --compare of several runs in one picture
 --what confusion      what is taken for what, and what else vit_jax.evaluate measures and draws
---what augmentation   what a config's training sees, without a run: needs --config, as configs/digits.py
+--what augmentation   what a config's training sees, without a run: needs --config, as digits
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", metavar="last|best|STEP", help="the checkpoint (default: last)")
     parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
     parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
-    parser.add_argument("--config", metavar="FILE.py[:VARIANT]", help="for augmentation: what would be trained")
+    parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="for augmentation: what would be trained")
     parser.add_argument("--rows", type=_rows, help=f"for augmentation: 1 to {MOST_ROWS} pictures (default: 8)")
     args, rest = parser.parse_known_args(arguments)
     uses = {
@@ -83,7 +83,7 @@ def trained(args: argparse.Namespace, rest: list[str]) -> None:
 
 def augmentation(args: argparse.Namespace, overrides: list[str]) -> pathlib.Path:
     if args.config is None:
-        raise errors.UserError("--what augmentation needs --config: --config configs/digits.py (see --help)")
+        raise errors.UserError("--what augmentation needs --config: --config digits (see --help)")
     config, name = command_line.parse(args.config, overrides)
 
     from vit_jax.training import preview  # after the config is known to be right: it takes seconds

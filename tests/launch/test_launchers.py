@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def run(*call, code=0, **environment):
 
 
 def test_scripts_pass_shellcheck():
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 7
     path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
     run(shutil.which("shellcheck", path=path), *SCRIPTS)
 
@@ -43,6 +44,8 @@ def test_scripts_pass_shellcheck():
         "tpu_vm.sh",
         "tpu_vm.sh run",
         "gpu_benchmark.sh a b",
+        "reproduce.sh a b",
+        "reproduce.sh --cifar100",
     ],
 )
 def test_what_is_missing_is_wrong_input(call):
@@ -71,6 +74,59 @@ def test_a_gpus_table_has_the_rows_that_were_made_and_says_what_failed(tmp_path)
     assert [line.split()[:5] for line in said[header + 1 :]] == [[name, "ours", "7", "123", "5.00"] for name in names]
     late = run("launch/gpu_benchmark.sh", folder, code=2, MINUTES="many").stderr
     assert late.startswith("error: MINUTES=many") and len(late.splitlines()) == 1
+
+
+CLAIMS = re.findall(r'^  "(.*)"$', (ROOT / "launch/reproduce.sh").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.split("|")[2])
+def test_what_is_reproduced_is_what_is_stated(claim):
+    _, _, source, then, _ = claim.split("|")
+    stated = "".join(path.read_text() for path in (ROOT / "RESULTS.md", ROOT / "configs/digits.py"))
+    assert source == "killed.json differing" or re.search(rf"(?<![\d,.]){re.escape(then)}(?![\d,.]\d)", stated)
+
+
+# A Python that measures nothing and answers at once.
+FAKE = """#!/bin/bash
+if [[ $1 == -c ]]; then exit; fi
+if [[ $1 != -m ]]; then exec {python} "$@"; fi
+case "$2 $*" in
+  *--help*) ;;
+  *benchmark*) echo '[{{"images_per_second": 600.0}}]' > "${{@: -1}}" ;;
+  *main*--workdir*)
+    while [[ $1 != --workdir ]]; do shift; done
+    again=$([[ -e $2 ]] && echo yes)
+    mkdir -p "$2/checkpoints/90"
+    if [[ $2 == killed && ! $again ]]; then exec sleep 60; fi
+    echo '{summary}' > "$2/summary.json" ;;
+  *export*) {python} -c 'import numpy; numpy.savez("whole.npz", a=1.0); numpy.savez("killed.npz", a={exported})' ;;
+  *) exit 3 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    "measured, exported, wrong",
+    [
+        ({"test_accuracy": 0.99, "images_per_second": 4000.0}, 1.0, []),
+        (
+            {"test_accuracy": 0.98},
+            2.0,
+            ["digits, test accuracy", "digits, images/s", "arrays that differ after kill -9"],
+        ),
+    ],
+)
+def test_a_claim_that_no_longer_holds_is_a_failure(measured, exported, wrong, tmp_path):
+    summary = json.dumps({"train_seconds": 30.0, "parameters": 136_010} | measured)
+    (tmp_path / "python").write_text(FAKE.format(python=sys.executable, summary=summary, exported=exported))
+    (tmp_path / "python").chmod(0o755)
+    call = ["launch/reproduce.sh", tmp_path / "out"]
+    said = run(*call, code=1 if wrong else 0, PYTHON=str(tmp_path / "python")).stdout.splitlines()
+    header = next(i for i, line in enumerate(said) if line.startswith("claim "))
+    assert len(said[header + 1 :]) == len([claim for claim in CLAIMS if "cifar10/" not in claim])
+    assert [line[:40].strip() for line in said[header + 1 :] if " NO " in line] == wrong
+    again = run(*call, code=2).stderr
+    assert again.startswith("error: ") and "is there already" in again
 
 
 # TPU VM

@@ -16,7 +16,8 @@ RESULTS = ROOT / "benchmarks" / "results.jsonl"
 
 def about() -> dict[str, Any]:
     """When, with what and of which commit (with a + where files differ from it; None outside a checkout)."""
-    call = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    call = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]  # not a repository in which it is installed
+    call += ["describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
     try:
         commit = subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
