@@ -5,8 +5,8 @@
 #
 # FOLDER (default: runs/reproduce), which must be new, gets the runs and what each command printed. Nothing is downloaded,
 # but for CIFAR-10 where --cifar10 asks for its ten epochs too and it is not cached yet. The commands are those of a user,
-# run in FOLDER; `parameters` and `killed` are functions below. Speeds are those of two cores of a Xeon: a slower machine
-# may miss them. Exit codes: 0 all claims hold, 1 one does not or could not be measured, 2 wrong arguments.
+# run in FOLDER; `parameters` and `killed` are functions below. Speeds are those of two idle cores of a Xeon: a busy machine
+# misses them. Exit codes: 0 all claims hold, 1 one does not or could not be measured, 2 wrong arguments.
 #
 # To set, where the default does not suit: PYTHON=python.
 set -euo pipefail
