@@ -77,7 +77,8 @@ import jax
 import numpy as np
 
 from vit_jax import command_line
-from vit_jax.data.load import SIDES, Split
+from vit_jax.data.load import SIDES
+from vit_jax.data.splits import Split
 from vit_jax.training import mesh, setup
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "svhn": 10, "tiny_imagenet": 200}

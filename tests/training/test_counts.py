@@ -12,7 +12,7 @@ from jax._src.array import ArrayImpl
 from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax import command_line
-from vit_jax.data.load import Split
+from vit_jax.data.splits import Split
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import dispatch, loop, mesh, optim, step
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data.load import Split
+from vit_jax.data.splits import Split
 from vit_jax.errors import UserError
 from vit_jax.training import evaluation, setup, trained
 

@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from vit_jax import command_line
 from vit_jax.config import FIELDS, get
 from vit_jax.data import stand_in
-from vit_jax.data.load import Split
+from vit_jax.data.splits import Split
 from vit_jax.errors import RunError
 from vit_jax.training import comparing, cost, measuring, mesh, rows, setup
 from vit_jax.training.step import Augmentation, augment

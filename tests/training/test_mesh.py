@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from vit_jax.augment.mix import Mixing
-from vit_jax.data.load import Split
+from vit_jax.data.splits import Split
 from vit_jax.errors import UserError
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import mesh, optim, step

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.data.load import Split
+from vit_jax.data.splits import Split
 from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
 from vit_jax.models.vit import VisionTransformer

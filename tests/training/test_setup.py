@@ -11,7 +11,7 @@ from vit_jax.augment.mix import Mixing
 from vit_jax.augment.policies import Policy
 from vit_jax.command_line import parse
 from vit_jax.config import default_config
-from vit_jax.data.load import Split, Splits
+from vit_jax.data.splits import Split, Splits
 from vit_jax.errors import UserError
 from vit_jax.training import mesh, setup
 from vit_jax.training.step import Augmentation, abstract_state, train_step

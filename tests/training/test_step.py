@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from vit_jax.augment import mix, ops, policies
-from vit_jax.data.load import Split
 from vit_jax.data.resident import BatchIndices
+from vit_jax.data.splits import Split
 from vit_jax.models.vit import VisionTransformer
 from vit_jax.training import dispatch, mesh, optim, step
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vit_jax.data.cache import Split
-from vit_jax.data.load import SIDES, Splits
+from vit_jax.data.load import SIDES
+from vit_jax.data.splits import Split, Splits
 
 # Training and test pictures and classes.
 SHAPES = {

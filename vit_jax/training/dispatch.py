@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vit_jax.data.load import Split
 from vit_jax.data.resident import BatchIndices, padded
+from vit_jax.data.splits import Split
 from vit_jax.data.stream import Stream
 from vit_jax.training import mesh as meshes
 from vit_jax.training import processes

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from vit_jax.analysis import attention, embeddings, figures, plots
-from vit_jax.data.load import Split
+from vit_jax.data.splits import Split
 from vit_jax.errors import Absent
 from vit_jax.training import evaluation, trained
 from vit_jax.training import workdir as runs

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.analysis import figures, metrics, plots
-from vit_jax.data.load import Split
+from vit_jax.data.splits import Split
 from vit_jax.training import setup, trained
 from vit_jax.training import workdir as runs
 from vit_jax.training.dispatch import featured

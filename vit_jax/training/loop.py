@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.analysis.metrics import summarize
 from vit_jax.config import to_dict
-from vit_jax.data.load import Split, Splits
+from vit_jax.data.splits import Split, Splits
 from vit_jax.errors import RunError, Stopped, UserError, out_of_memory
 from vit_jax.training import drawings, processes, reporting, setup, starting
 from vit_jax.training import mesh as meshes

@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 from vit_jax.analysis import traces
 from vit_jax.config import default_config
 from vit_jax.data import load
-from vit_jax.data.load import Splits
 from vit_jax.data.resident import padded
+from vit_jax.data.splits import Splits
 from vit_jax.data.stand_in import SHAPES, stand_in
 from vit_jax.errors import RunError
 from vit_jax.training import mesh as meshes

@@ -14,7 +14,8 @@ from vit_jax.analysis.metrics import peak_flops
 from vit_jax.augment.mix import Mixing
 from vit_jax.augment.policies import Policy
 from vit_jax.config import check, get, put
-from vit_jax.data.load import Split, Splits, load_splits
+from vit_jax.data.load import load_splits
+from vit_jax.data.splits import Split, Splits
 from vit_jax.errors import UserError
 from vit_jax.models.presets import preset
 from vit_jax.models.pretrained import Facts

@@ -17,7 +17,8 @@ from flax import traverse_util
 from fsspec.callbacks import TqdmCallback
 from ml_collections import ConfigDict
 
-from vit_jax.data.load import Splits, expanded
+from vit_jax.data.load import expanded
+from vit_jax.data.splits import Splits
 from vit_jax.errors import DENIED, FULL, UserError, one_line
 from vit_jax.models import pretrained
 from vit_jax.models.archives import Stored

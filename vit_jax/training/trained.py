@@ -15,7 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 from vit_jax.augment import ops
 from vit_jax.data import sources
-from vit_jax.data.load import SIDES, Split, load_measured
+from vit_jax.data.load import SIDES, load_measured
+from vit_jax.data.splits import Split
 from vit_jax.errors import UserError
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup, starting
