@@ -40,6 +40,7 @@ ROOMS = {
     "models/archives.py": ["models/test_archives.py", "models/test_pretrained.py"],
     "training/step.py": ["training/test_step.py", "training/test_multipliers.py"],
     "training/optim.py": ["training/test_optim.py", "training/test_multipliers.py"],
+    "training/rules.py": ["training/test_multipliers.py", "training/test_optim.py"],
     "data/resident.py": ["data/test_resident.py"],
 }
 SWAPS = {
