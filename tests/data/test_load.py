@@ -341,3 +341,12 @@ def test_held_out_pictures_are_not_trained_on():
     assert len(splits.train.labels) == 100 and len(splits.validation.labels) == len(whole.validation.labels)
     rows = {image.tobytes() for image in whole.train.images}
     assert all(image.tobytes() in rows for image in splits.train.images)
+
+
+NOBODYS = "~nobody_of_this_name/x"
+
+
+@pytest.mark.parametrize("name, data_dir", [(f"folder:{NOBODYS}", None), ("cifar10", NOBODYS)])
+def test_a_home_that_nobody_has(name, data_dir):
+    with pytest.raises(UserError, match=NOBODYS):
+        load.is_cached(name, data_dir)

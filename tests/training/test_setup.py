@@ -279,11 +279,6 @@ def test_a_batch_is_cut_for_a_cpus_cache(fields, parts):
     assert setup.resolve_data(config, split, mesh.make_mesh(1)).optim.accumulate == parts
 
 
-def test_a_home_that_nobody_has():
-    with pytest.raises(UserError, match="~nobody_of_this_name/x"):
-        setup.expanded("~nobody_of_this_name/x")
-
-
 def test_more_devices_than_there_are():
     with pytest.raises(UserError, match="mesh.data=4096"):
         mesh.make_mesh(4096)

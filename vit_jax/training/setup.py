@@ -188,7 +188,8 @@ def resolve_data(config: ConfigDict, train: Split, mesh: Mesh) -> ConfigDict:
         config.optim.accumulate = _parts_for_a_cache(config, mesh)
     if part_size(config) % data:
         of = f" / optim.accumulate={config.optim.accumulate}" if config.optim.accumulate > 1 else ""
-        raise UserError(f"train.batch_size={config.train.batch_size}{of} is not divisible by mesh.data={data}")
+        by = f"the {data} devices of mesh.data"
+        raise UserError(f"train.batch_size={config.train.batch_size}{of} is not divisible by {by}")
     for name in ("num_heads", "mlp_dim"):
         if config.model[name] % model:
             raise UserError(f"model.{name}={config.model[name]} is not divisible by mesh.model={model}")
