@@ -11,12 +11,12 @@ __version__ = "0.1.0"
 
 
 def load(
-    workdir: str | os.PathLike, checkpoint: str = "last", weights: str | None = None, batch_size: int = 64
+    workdir: str | os.PathLike, checkpoint: str | int | None = None, weights: str | None = None, batch_size: int = 64
 ) -> "Predictor":
     """A trained run's classifier: `vit_jax.load("runs/digits").predict("three.png")`.
 
     Args:
-      checkpoint: "last", "best" or a step.
+      checkpoint: "last", "best" or a step; None: the last.
       weights: "ema" or "raw"; None: the average where the run keeps one.
       batch_size: most pictures that the model is given at once.
 

@@ -36,30 +36,29 @@ def main(arguments: list[str]) -> None:
     from vit_jax.training import loop  # noqa: F401  # as main does, once the config is known to be right
 
     import_seconds = time.perf_counter() - started
-    from vit_jax.training import comparing
-    from vit_jax.training import rows as kept
+    from vit_jax.training import comparing, rows
     from vit_jax.training.writers import write_json
 
     if args.aot:
-        rows = [_ahead(configs[0][0], args.aot)]
+        table = [_ahead(configs[0][0], args.aot)]
     else:
         if args.record:
-            kept.check_record()
+            rows.check_record()
         if args.peer:
             comparing.check()
-        rows, ours = [], []
+        table, ours = [], []
         for (config, name), overridden in zip(configs, given, strict=True):
             found = _rows(config, {"config": name, "overrides": overridden}, import_seconds, args)
             ours.append(found[0])
-            rows += found
+            table += found
             if args.record:
-                kept.record(found)
+                rows.record(found)
             if args.json:  # at once: the next may need more memory than there is
-                write_json(args.json, rows)
+                write_json(args.json, table)
         if args.sweep:
-            print(kept.describe_growth(field, values, ours))
+            print(rows.describe_growth(field, values, ours))
     if args.json:
-        write_json(args.json, rows)
+        write_json(args.json, table)
 
 
 def _ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
@@ -75,26 +74,25 @@ def _ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
 
 def _rows(config: ConfigDict, named: dict[str, Any], import_seconds: float, args: Any) -> list[dict[str, Any]]:
     """The rows of one config, ours and that of the peer, if it is asked for; they are printed too."""
-    from vit_jax.training import comparing, measuring
-    from vit_jax.training import rows as kept
+    from vit_jax.training import comparing, measuring, rows
 
     is_bare, pace = args.bare or args.peer, measuring.Pace(args.windows, args.seconds)
     subject = measuring.opened(measuring.bare(config) if is_bare else config)
     if args.peer:
         comparing.specification(subject)  # what it does not have is said before anything is timed
     row, training = measuring.measure(subject, pace, import_seconds)
-    rows = [named | {"bare": is_bare} | row]
+    table = [named | {"bare": is_bare} | row]
     if args.peer:
         speed, peer = comparing.compare(subject, training, row["steps_per_window"], pace)
-        rows = [rows[0] | speed, named | {"bare": True} | peer]
+        table = [table[0] | speed, named | {"bare": True} | peer]
     elif not (args.bare or args.sweep):
-        rows[0]["parts"] = measuring.parts(subject, training, row["steps_per_window"], pace)
-    print("\n".join(map(kept.describe, rows)), flush=True)
+        table[0]["parts"] = measuring.parts(subject, training, row["steps_per_window"], pace)
+    print("\n".join(map(rows.describe, table)), flush=True)
     if args.profile:
         kernels = measuring.profile(training, args.profile)
-        rows[0]["kernels"] = kernels
-        print(kept.describe_kernels(kernels), flush=True)
-    return rows
+        table[0]["kernels"] = kernels
+        print(rows.describe_kernels(kernels), flush=True)
+    return table
 
 
 def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -4,6 +4,7 @@ A config file defines `get_config(variant="")`, which starts from `default_confi
 overrides a field. The shipped ones are also found by their names alone.
 """
 
+import argparse
 import ast
 import difflib
 import importlib.util
@@ -104,6 +105,17 @@ def overrides_in(arguments: Sequence[str]) -> list[str]:
         else:
             raise UserError(f"unknown argument {argument!r} (see --help)")
     return overrides
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Adds those of the arguments that say which weights of a run are meant, and where its data set is."""
+    options: dict[str, dict[str, Any]] = {
+        "checkpoint": {"metavar": "last|best|STEP", "help": "the run's checkpoint (default: last)"},
+        "weights": {"choices": ["ema", "raw"], "help": "averaged or raw (default: ema where there are)"},
+        "data_dir": {"help": "where data sets lie, if not where the run found them"},
+    }
+    for name in names:
+        parser.add_argument(f"--{name}", **options[name])
 
 
 def field_help() -> str:

@@ -7,7 +7,7 @@ curves and, once it was evaluated, its confusions. Needs pip install "vit_jax[de
 import pathlib
 import socket
 
-from vit_jax import errors
+from vit_jax import command_line, errors
 
 
 def main(arguments: list[str]) -> None:
@@ -15,9 +15,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="the run's folder")
     parser.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="where to listen (default: 8000; 0: any that is free)")
-    parser.add_argument("--checkpoint", default="last", metavar="last|best|STEP", help="the checkpoint (default: last)")
-    parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
-    parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
+    command_line.add_run_arguments(parser, "checkpoint", "weights", "data_dir")
     args = parser.parse_args(arguments)
     try:
         import uvicorn

@@ -16,10 +16,8 @@ def main(arguments: list[str]) -> None:
         epilog="With --config, its fields can be given as to vit_jax.main: --config.data.image_size=384",
     )
     parser.add_argument("--workdir", type=pathlib.Path, help="the run's folder; with --config: where the result goes")
-    parser.add_argument("--checkpoint", metavar="last|best|STEP", help="the run's checkpoint (default: last)")
-    parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
+    command_line.add_run_arguments(parser, "checkpoint", "weights", "data_dir")
     parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="measure its init.checkpoint, nothing trained")
-    parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
     parser.add_argument("--dataset", metavar="NAME", help="other pictures of the same classes, as folder:PATH")
     parser.add_argument(
         "--flip_tta", action="store_true", help="also measure pictures and their mirror images together"
@@ -42,7 +40,7 @@ def main(arguments: list[str]) -> None:
     from vit_jax.training import evaluation, trained  # after the arguments are known to be right: it takes seconds
 
     if config is None:
-        run = trained.open_run(args.workdir, args.checkpoint or "last", args.weights, args.data_dir)
+        run = trained.open_run(args.workdir, args.checkpoint, args.weights, args.data_dir)
         origin = f"{run.weights} weights of step {run.step}"
     else:
         run, notes = trained.open_weights(config, args.workdir)

@@ -9,7 +9,7 @@ python -m vit_jax.export --workdir runs/digits --format npz --output digits.npz
 
 import pathlib
 
-from vit_jax import errors
+from vit_jax import command_line, errors
 
 SUFFIXES = {"npz": ".npz", "safetensors": ".safetensors", "stablehlo": None}
 
@@ -20,8 +20,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--format", choices=SUFFIXES, required=True, help="what kind of file")
     parser.add_argument("--output", type=pathlib.Path, required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--names", choices=["official", "timm", "transformers"], help="of arrays (default: official)")
-    parser.add_argument("--checkpoint", default="last", metavar="last|best|STEP", help="the checkpoint (default: last)")
-    parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
+    command_line.add_run_arguments(parser, "checkpoint", "weights")
     args = parser.parse_args(arguments)
     if args.names and args.format != "safetensors":
         parser.error(f"--names is for --format safetensors, not {args.format}")

@@ -26,8 +26,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--top", type=_count, default=5, help="how many classes to name (default: 5)")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the predictions as JSON")
     parser.add_argument("--csv", type=pathlib.Path, metavar="FILE", help="also write the predictions as CSV")
-    parser.add_argument("--checkpoint", metavar="last|best|STEP", help="the run's checkpoint (default: last)")
-    parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
+    command_line.add_run_arguments(parser, "checkpoint", "weights")
     parser.add_argument("--batch_size", type=_count, default=64, help="most pictures at once (default: 64)")
     parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="use its init.checkpoint instead of a run")
     args, rest = parser.parse_known_intermixed_args(arguments)
@@ -49,7 +48,7 @@ def main(arguments: list[str]) -> None:
     from vit_jax.training import predicting, trained  # after the arguments are known to be right: it takes seconds
 
     if config is None:
-        run = trained.open_run(args.workdir, args.checkpoint or "last", args.weights)
+        run = trained.open_run(args.workdir, args.checkpoint, args.weights)
     else:
         run, notes = trained.open_weights(config, pathlib.Path("runs") / name)
         print(*notes, sep="\n", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from vit_jax import errors
+from vit_jax import command_line, errors
 
 
 def main(arguments: list[str]) -> None:
@@ -12,7 +12,7 @@ def main(arguments: list[str]) -> None:
         epilog="A run writes its report when it ends; this writes it anew, or that of a run that is not finished yet.",
     )
     parser.add_argument("--workdir", type=pathlib.Path, help="the run's folder (needed); the report goes there")
-    parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
+    command_line.add_run_arguments(parser, "data_dir")
     args = parser.parse_args(arguments)
     if args.workdir is None:
         parser.error("--workdir is needed: --workdir runs/digits")

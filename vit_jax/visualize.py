@@ -34,9 +34,7 @@ def main(arguments: list[str]) -> None:
         "--images", type=pathlib.Path, nargs="+", default=[], help="pictures, or folders (default: some of test)"
     )
     parser.add_argument("--compare", type=pathlib.Path, nargs="+", default=[], help="other runs' folders, for curves")
-    parser.add_argument("--checkpoint", metavar="last|best|STEP", help="the checkpoint (default: last)")
-    parser.add_argument("--weights", choices=["ema", "raw"], help="averaged or raw (default: ema where there are)")
-    parser.add_argument("--data_dir", help="where data sets lie, if not where the run found them")
+    command_line.add_run_arguments(parser, "checkpoint", "weights", "data_dir")
     parser.add_argument("--config", metavar="CONFIG[:VARIANT]", help="for augmentation: what would be trained")
     parser.add_argument("--rows", type=_rows, help=f"for augmentation: 1 to {MOST_ROWS} pictures (default: 8)")
     args, rest = parser.parse_known_args(arguments)
@@ -75,8 +73,7 @@ def trained(args: argparse.Namespace, rest: list[str]) -> None:
     if wrong:
         raise wrong[0]
     files = [pathlib.Path(picture) for picture in pictures]
-    checkpoint = args.checkpoint or "last"
-    subject = drawings.Subject(args.workdir, files, args.compare, checkpoint, args.weights, args.data_dir)
+    subject = drawings.Subject(args.workdir, files, args.compare, args.checkpoint, args.weights, args.data_dir)
     paths, left_out = drawings.draw(subject, args.what)
     print(*left_out, *paths, sep="\n")
 

@@ -10,7 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax import command_line
 from vit_jax.config import FIELDS, get
-from vit_jax.data import stand_in
+from vit_jax.data import sources
 from vit_jax.data.splits import Split
 from vit_jax.errors import RunError
 from vit_jax.training import comparing, cost, measuring, mesh, rows, setup
@@ -97,7 +97,7 @@ def test_bare_is_without_what_is_random_and_without_average():
 
 
 def test_pictures_that_are_not_here_are_made_up_and_said_to_be(tmp_path, monkeypatch):
-    monkeypatch.setitem(stand_in.SHAPES, "cifar100", (300, 40, 100))
+    monkeypatch.setitem(sources.PUBLIC, "cifar100", sources.PUBLIC["cifar100"]._replace(train=300, test=40))
     missing = ["--config.data.holdout=0.1", f"--config.data.dir={tmp_path}", *FLAT]
     subject = measuring.opened(config_of("cifar100_tiny.py", *missing, "--config.train.batch_size=10"))
     train, test = subject.splits.train, subject.splits.watched

@@ -23,9 +23,7 @@ from vit_jax.data import cache, sources
 from vit_jax.data.splits import Split, Splits, channel_statistics, picked, stratified_sample, stratified_split
 from vit_jax.errors import FULL, RunError, UserError, one_line
 
-TFDS_NAMES = {"cifar10": "cifar10", "cifar100": "cifar100", "svhn": "svhn_cropped", "tiny_imagenet": "tiny_imagenet"}
-SIDES = {"digits": 8, "cifar10": 32, "cifar100": 32, "svhn": 32, "tiny_imagenet": 64}  # of their pictures, in pixels
-KNOWN = ("digits", *TFDS_NAMES, "tfds:NAME", "folder:PATH")
+KNOWN = (*sources.PUBLIC, "tfds:NAME", "folder:PATH")
 FORMAT = 1  # of the cache; a change of it rebuilds
 
 
@@ -125,11 +123,11 @@ def expanded(path: str | os.PathLike) -> pathlib.Path:
 def _normalise(name: str) -> str:
     """Returns `name` with an absolute folder. Raises UserError on a name that no source has."""
     kind, _, rest = name.partition(":")
-    if name == "digits" or name in TFDS_NAMES or (kind == "tfds" and re.fullmatch(r"[\w./+-]+", rest)):
+    if name in sources.PUBLIC or (kind == "tfds" and re.fullmatch(r"[\w./+-]+", rest)):
         return name
     if kind == "folder" and rest:
         return f"folder:{expanded(rest).resolve()}"
-    near = difflib.get_close_matches(name, ("digits", *TFDS_NAMES), 1, cutoff=0.4)
+    near = difflib.get_close_matches(name, sources.PUBLIC, 1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(f"unknown data set {name!r}: {hint}Known are {', '.join(KNOWN)}")
 
@@ -152,7 +150,7 @@ class _Request:
     @classmethod
     def of(cls, name: str, data_dir: str | os.PathLike | None, image_size: int | None, skip: bool) -> "_Request":
         name = _normalise(name)
-        if name in TFDS_NAMES:
+        if name in sources.PUBLIC:
             image_size = None  # one size by nature; the training step resizes
         fingerprints = {"train": "", "test": ""}
         if name.startswith("folder:"):
@@ -289,7 +287,8 @@ def _build(request: _Request) -> dict[str, Split]:
     if kind == "folder":
         pictures = sources.folder(pathlib.Path(rest), request.image_size)
     else:
-        pictures = sources.from_tfds(TFDS_NAMES.get(request.name, rest), request.data_dir, request.image_size)
+        builder = sources.PUBLIC[request.name].builder if request.name in sources.PUBLIC else rest
+        pictures = sources.from_tfds(builder, request.data_dir, request.image_size)
     image_size = pictures["train"].image_size
     final = request.directory(image_size)
     for stale in final.parent.glob(f".{final.name}.*.tmp"):  # of a process that was killed

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -32,6 +32,26 @@ PROBE_SECONDS = 5
 DISK_ERRORS = (*FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 Encoded = str | os.PathLike | BinaryIO
+
+
+class Public(NamedTuple):
+    """A data set that goes by a name of its own."""
+
+    builder: str  # its name in tensorflow-datasets, where it comes from there
+    side: int  # pixels
+    channels: int
+    train: int  # pictures
+    test: int
+    classes: int
+
+
+PUBLIC = {
+    "digits": Public("", 8, 1, 1437, 360, 10),
+    "cifar10": Public("cifar10", 32, 3, 50_000, 10_000, 10),
+    "cifar100": Public("cifar100", 32, 3, 50_000, 10_000, 100),
+    "svhn": Public("svhn_cropped", 32, 3, 73_257, 26_032, 10),
+    "tiny_imagenet": Public("tiny_imagenet", 64, 3, 100_000, 10_000, 200),
+}
 
 
 @dataclasses.dataclass(frozen=True)

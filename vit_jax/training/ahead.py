@@ -10,7 +10,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax.data.stand_in import SHAPES, stand_in
+from vit_jax.data.sources import PUBLIC
+from vit_jax.data.stand_in import stand_in
 from vit_jax.errors import UserError, one_line
 from vit_jax.training import mesh as meshes
 from vit_jax.training import setup
@@ -57,7 +58,7 @@ def compile_ahead(config: ConfigDict, topology: str) -> dict[str, Any]:
 def training_dispatch(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Wrapped, tuple[Any, ...]]:
     """The program that a config's run would have on the devices of `mesh`, and its arguments' shapes and shardings."""
     data = config.data
-    splits = stand_in(data.name, data.train_examples, data.holdout) if data.name in SHAPES else setup.load_data(config)
+    splits = stand_in(data.name, data.train_examples, data.holdout) if data.name in PUBLIC else setup.load_data(config)
     train = splits.train
     config = setup.resolve_data(setup.resolve_model(config), train, mesh)
     config.data.resident = "always"

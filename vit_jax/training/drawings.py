@@ -38,7 +38,7 @@ class Subject:
     workdir: pathlib.Path
     files: Sequence[pathlib.Path] = ()
     compare: Sequence[pathlib.Path] = ()
-    checkpoint: str = "last"
+    checkpoint: str | None = None
     weights: str | None = None
     data_dir: str | None = None
 

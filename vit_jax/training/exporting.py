@@ -27,7 +27,7 @@ def export(
     format: str,
     output: pathlib.Path,
     scheme: str = "official",
-    checkpoint: str = "last",
+    checkpoint: str | None = None,
     weights: str | None = None,
 ) -> str:
     """Writes a run's weights as "npz", "safetensors" or "stablehlo"; returns a line that tells how to use the file.
@@ -35,8 +35,7 @@ def export(
     Args:
       scheme: names and layout of a safetensors file: "official", "timm" or "transformers", which also gets its two
         JSON files beside it.
-      checkpoint: "last", "best" or a step.
-      weights: "ema" or "raw"; None: the average where the run keeps one.
+      checkpoint, weights: as for `trained.open_run`.
 
     Raises:
       UserError: there is no such run, checkpoint or average, or the file cannot hold this model; nothing was written.

@@ -22,8 +22,9 @@ from vit_jax.analysis import traces
 from vit_jax.config import default_config
 from vit_jax.data import load
 from vit_jax.data.resident import padded
+from vit_jax.data.sources import PUBLIC
 from vit_jax.data.splits import Splits
-from vit_jax.data.stand_in import SHAPES, stand_in
+from vit_jax.data.stand_in import stand_in
 from vit_jax.errors import RunError
 from vit_jax.training import mesh as meshes
 from vit_jax.training import rows, setup
@@ -90,7 +91,7 @@ def opened(config: ConfigDict) -> Subject:
 def _pictures(config: ConfigDict) -> tuple[Splits, bool]:
     """The config's pictures, and whether they are fabricated: where they would have to be downloaded."""
     data = config.data
-    if data.name not in SHAPES or load.is_cached(data.name, data.dir):
+    if data.name not in PUBLIC or load.is_cached(data.name, data.dir):
         return setup.load_data(config), False
     return stand_in(data.name, data.train_examples, data.holdout), True
 

@@ -85,7 +85,7 @@ class Predictor:
 
 
 def load(
-    workdir: str | os.PathLike, checkpoint: str | int = "last", weights: str | None = None, batch_size: int = 64
+    workdir: str | os.PathLike, checkpoint: str | int | None = None, weights: str | None = None, batch_size: int = 64
 ) -> Predictor:
     """A run's classifier; see `trained.open_run`."""
     return Predictor(trained.open_run(pathlib.Path(workdir), checkpoint, weights), batch_size)

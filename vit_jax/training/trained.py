@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from vit_jax.augment import ops
 from vit_jax.data import sources
-from vit_jax.data.load import SIDES, load_measured
+from vit_jax.data.load import load_measured
 from vit_jax.data.splits import Split
 from vit_jax.errors import UserError
 from vit_jax.training import mesh as meshes
@@ -41,7 +41,8 @@ class Trained:
     @property
     def side(self) -> int:
         """Of pictures as they are stored, pixels; the classifier resizes them where its input is another."""
-        return SIDES.get(self.config.data.name, self.classifier.image_size)
+        public = sources.PUBLIC.get(self.config.data.name)
+        return public.side if public else self.classifier.image_size
 
     def read(self, picture: Picture) -> np.ndarray:
         """Any picture as one of the run's own would be stored: uint8 [side, side, C].
@@ -80,12 +81,12 @@ def _reason(error: Exception) -> str:
 
 
 def open_run(
-    workdir: pathlib.Path, checkpoint: str | int = "last", weights: str | None = None, data_dir: str | None = None
+    workdir: pathlib.Path, checkpoint: str | int | None = None, weights: str | None = None, data_dir: str | None = None
 ) -> Trained:
     """Opens a finished or stopped run.
 
     Args:
-      checkpoint: "last", "best" or a step.
+      checkpoint: "last", "best" or a step; None: the last.
       weights: "ema" or "raw"; None: the average where the run keeps one.
       data_dir: where data sets lie, if not where the run found them.
 

@@ -112,13 +112,12 @@ def same_run(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
 
 
 def load_weights(
-    workdir: pathlib.Path, classifier: Classifier, checkpoint: str | int = "last", weights: str | None = None
+    workdir: pathlib.Path, classifier: Classifier, checkpoint: str | int | None = None, weights: str | None = None
 ) -> tuple[Any, int, str]:
     """Weights that a run saved, for a classifier of the same names and shapes; their step; and "ema" or "raw".
 
     Args:
-      checkpoint: "last", "best" or a step.
-      weights: "ema" or "raw"; None: the average where the run keeps one.
+      checkpoint, weights: as for `trained.open_run`.
 
     Raises:
       UserError: there is no such run, checkpoint or average, or it does not fit.
@@ -131,7 +130,7 @@ def load_weights(
         raise UserError(f"the run in {workdir} keeps no average (ema.decay=0): use --weights raw")
     like = meshes.with_sharding(jax.eval_shape(lambda: classifier.init(0)), classifier.mesh)
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = _choose(checkpoints, str(checkpoint), workdir)
+    step = _choose(checkpoints, "last" if checkpoint is None else str(checkpoint), workdir)
     params = checkpoints.restore_weights(step, "ema" if weights == "ema" else "params", like)
     checkpoints.close()
     return params, step, weights
