@@ -2,8 +2,8 @@
 
     python -m vit_jax.main --config configs/digits.py
 
-Needs no download: the quickest way to see everything work. Test accuracy at the last step: 99.16 % (1 run, seed 0)
-after 37 seconds of training on two cores of a Xeon (3,906 images/s, jax 0.10).
+Needs no download: the quickest way to see everything work. Test accuracy at the last step: 99.44 % (1 run, seed 0)
+after 70 seconds of training on two cores of a Xeon (2,091 images/s, jax 0.10).
 """
 
 from vit_jax.config import default_config

@@ -3,9 +3,10 @@
     python tests/mutate.py --count 300 --seed 0 --output /tmp/mutants.jsonl
 
 Mutants are drawn from all places in ROOMS where an operator, a comparison, a number, a condition, an argument or a
-statement can be changed. Each is tried in a copy of the checkout and in a process of its own; it is killed where a test
-fails or takes too long. The table, and each survivor's line, is printed last; mutants that OUTPUT holds already are not
-tried again. Not a part of CI: 300 take an hour or two.
+statement can be changed. Each is tried in a copy of the checkout and in a process of its own, forked from one that has
+the libraries loaded and nothing of the project; it is killed where a test fails or takes too long. The table, and each
+survivor's line, is printed last; mutants that OUTPUT holds already are not tried again. 300 take an hour or two, so
+that this is no part of CI.
 """
 
 import argparse
@@ -13,18 +14,22 @@ import ast
 import collections
 import concurrent.futures
 import json
+import multiprocessing
 import os
 import pathlib
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 400  # seconds
+FRESH = multiprocessing.get_context("forkserver")
+LIBRARIES = "jax flax.linen optax orbax.checkpoint PIL.Image hypothesis.strategies torch transformers.models.vit pytest"
 # Files, and the tests that must notice a fault in them, the likeliest first.
 ROOMS = {
     "augment/*.py": ["augment"],
@@ -129,21 +134,58 @@ def all_places() -> list[tuple[str, int, str]]:
     return [(file, i, pattern) for (file, i), pattern in found.items()]
 
 
-def tried(copy: pathlib.Path, tests: list[str], cache: str) -> tuple[bool, str]:
-    """Whether the tests fail in a copy of the checkout, and the first that does."""
-    environment = os.environ | {
-        "PYTHONPATH": str(copy),
-        "JAX_COMPILATION_CACHE_DIR": cache,  # what has no fault is compiled once
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    call = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", "--no-header", "--tb=no"]
-    call += [f"tests/{name}" for name in tests]
-    try:
-        done = subprocess.run(call, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return True, "too slow"
-    said = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return done.returncode != 0, said[0].split(" - ")[0] if said else ""
+class CheapFirst:
+    """Notes the seconds of each test, and runs those of a file in their order where they are known."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = collections.Counter(seconds)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        files = list(dict.fromkeys(item.path for item in items))
+        items.sort(key=lambda item: (files.index(item.path), self.seconds[item.nodeid]))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+
+
+def tried(copy: pathlib.Path, room: list[str], seconds: dict[str, float], stem: str = "") -> tuple[bool, str]:
+    """Whether tests of a room fail in a copy of the checkout, those named after the file `stem` first; and which does.
+
+    Where none fails `seconds` gets what each test took.
+    """
+    folders = [copy / "tests" / name for name in room]
+    names = [path for folder in folders for path in sorted(folder.glob("test_*.py")) or [folder]]
+    names.sort(key=lambda path: path.stem != f"test_{stem}")
+    with tempfile.NamedTemporaryFile("w+") as log, tempfile.NamedTemporaryFile("w+") as times:
+        process = FRESH.Process(target=run, args=(copy, names, seconds, log.name, times.name))
+        process.start()
+        process.join(TIMEOUT if stem else None)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            return True, "too slow"
+        if process.exitcode:
+            said = [line for line in log if line.startswith(("FAILED", "ERROR"))]
+            return True, said[0].split(" - ")[0].strip() if said else ""
+        seconds |= json.load(times)
+    return False, ""
+
+
+def run(copy: pathlib.Path, names: list[pathlib.Path], seconds: dict[str, float], log: str, times: str) -> None:
+    """Runs tests up to the first that fails, in this process, which ends."""
+    os.chdir(copy)
+    sys.path.insert(0, str(copy))
+    os.environ["PYTHONPATH"] = str(copy)  # of commands that the tests start
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    options, order = (
+        ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "--tb=no"],
+        CheapFirst(seconds),
+    )
+    code = pytest.main([*options, *map(str, names)], plugins=[order])
+    pathlib.Path(times).write_text(json.dumps(order.seconds))
+    sys.exit(int(code))
 
 
 def told(row: dict) -> str:
@@ -162,7 +204,11 @@ def main() -> None:
     drawn = [one for one in drawn if args.only in one[0]]
     known = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     done = {(row["file"], row["place"]): row for row in known}
-    local = threading.local()
+    patterns, local = list(dict.fromkeys(pattern for *_, pattern in drawn)), threading.local()
+    seconds: dict[str, float] = {}
+    FRESH.set_forkserver_preload(LIBRARIES.split())
+    os.environ |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{args.output}.cache"  # what has no fault is compiled once
     with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
 
         def one(file: str, place: int, pattern: str) -> dict:
@@ -174,16 +220,19 @@ def main() -> None:
             text, line, before, how = mutant(ROOT / file, place)
             (local.copy / file).write_text(text)
             try:
-                killed, by = tried(local.copy, ROOMS[pattern], f"{folder}/cache")
+                killed, by = tried(local.copy, ROOMS[pattern], seconds, pathlib.Path(file).stem)
             finally:
                 shutil.copy(ROOT / file, local.copy / file)
             return {"file": file, "place": place, "line": line, "how": how, "was": before, "killed": killed, "by": by}
 
-        for pattern in dict.fromkeys(pattern for *_, pattern in drawn):
-            failed, by = tried(ROOT, ROOMS[pattern], f"{folder}/cache")
+        for pattern, (failed, by) in zip(
+            patterns, pool.map(lambda x: tried(ROOT, ROOMS[x], seconds), patterns), strict=True
+        ):
             if failed:
-                sys.exit(f"error: without any fault {by or ROOMS[pattern]} fails: mend it first")
-        for row in pool.map(lambda x: one(*x), [x for x in drawn if x[:2] not in done]):
+                sys.exit(f"error: without any fault {by or pattern} fails: mend it first")
+        trials = [pool.submit(one, *x) for x in drawn if x[:2] not in done]
+        for trial in concurrent.futures.as_completed(trials):
+            row = trial.result()
             done[row["file"], row["place"]] = row
             with args.output.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -344,3 +344,9 @@ def test_operations_are_known_and_named_once():
 def test_no_blur_at_zero_and_below():
     images = pictures("square")
     np.testing.assert_array_equal(apply_one("blur", images, np.resize([0, -1, 1e-30, -100], 64)), images)
+
+
+def test_no_factor_of_a_product_is_rounded_on_devices_that_would():
+    images, zeros = jnp.asarray(PICTURES[:4]), jnp.zeros(4)
+    program = str(jax.make_jaxpr(ops.apply, static_argnums=3)(images, zeros.astype(int), zeros, ops.OPERATIONS))
+    assert program.count("HIGHEST") == 2 * program.count("dot_general[") > 0  # of both factors

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import load, sources, splits
+from vit_jax.data import load, sources, splits, stand_in
 from vit_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -60,6 +60,13 @@ def test_digits_are_scikit_learns_in_a_fixed_stratified_split():
     share = np.bincount(test.labels) / np.bincount(np.concatenate([train.labels, test.labels]))
     assert np.abs(share - 0.2).max() < 0.01
     np.testing.assert_array_equal(train.images, load.load("digits", "train").images)
+
+
+def test_made_up_pictures_have_the_shapes_of_the_real():
+    real, made_up = load.load_splits("digits"), stand_in.stand_in("digits")
+    for ours, like in ((made_up.train, real.train), (made_up.test, real.test)):
+        assert ours.images.shape == like.images.shape and ours.labels.shape == like.labels.shape
+        assert len(ours.class_names) == len(like.class_names) and len(ours.mean) == len(like.mean)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 1 / 3, 0.5, 0.9])

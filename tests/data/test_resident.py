@@ -21,6 +21,8 @@ def test_any_cut_of_the_steps_reads_the_same():
     pieces = BatchIndices(0, 37, 8)
     np.testing.assert_array_equal(np.concatenate([pieces(0, 1), pieces(1, 12), pieces(13, 17)]), whole)
     np.testing.assert_array_equal(BatchIndices(0, 37, 8)(13, 17), whole[13:])  # resumed at 13
+    for step in range(30):  # some end an epoch, or begin one with their last picture
+        np.testing.assert_array_equal(BatchIndices(0, 37, 8)(step, 1), whole[step : step + 1])
     assert whole.dtype == np.int32
 
 

@@ -40,6 +40,15 @@ def headed(header, data=b"\0" * 8):
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
 
 
+def zipped(method=zipfile.ZIP_STORED, **members):
+    """The bytes of a .npz of those .npy files."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name + ".npy", data)
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_what_is_written_is_read_bit_for_bit(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
@@ -95,13 +104,6 @@ def bad_files(folder):
     bits = bytearray(whole)
     bits[len(whole) // 2] ^= 0xFF
 
-    def zipped(method=zipfile.ZIP_STORED, **members):
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", method) as archive:
-            for name, data in members.items():
-                archive.writestr(name + ".npy", data)
-        return buffer.getvalue()
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # zipfile tells of the name that is there twice
         buffer = io.BytesIO()
@@ -147,6 +149,28 @@ def test_bad_files_are_named_in_one_line(tmp_path):
             read(tmp_path / name)
         message = str(caught.value)
         assert words in message and name in message and "\n" not in message, (name, message)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_too_large_for_float32_are_an_error_and_no_warning(tmp_path):
+    with pytest.raises(UserError, match="not finite in float32"):
+        read(npz(tmp_path / "a.npz", x=np.array([1e300])))
+
+
+def test_a_file_that_changes_while_it_is_open_executes_nothing(tmp_path):
+    path, mark = npz(tmp_path / "a.npz", x=np.ones(100_000, np.float32)), tmp_path / "executed"
+
+    class Touch:
+        def __reduce__(self):
+            return pathlib.Path.touch, (mark,)
+
+    pickled = io.BytesIO()
+    np.lib.format.write_array(pickled, np.array([Touch()], object), allow_pickle=True)
+    with archives.opened(path) as (arrays, _):
+        path.write_bytes(zipped(x=pickled.getvalue().ljust(zipfile.ZipFile(path).getinfo("x.npy").file_size, b"\0")))
+        with pytest.raises(UserError, match="cannot be read"):
+            arrays["x"].read()
+    assert not mark.exists()
 
 
 @pytest.fixture(scope="module")

@@ -182,7 +182,9 @@ def test_facts_of_others(params, tmp_path):
         '{"pretrained_cfg": {"mean": ["a"]}}',
         '{"hidden_act": "relu"}',
         "[]{",
+        "{}" + " " * 2**24,
     ],
+    ids=lambda text: text[:24],
 )
 def test_a_damaged_config_beside_the_file(params, tmp_path, text):
     path = tmp_path / "a.safetensors"

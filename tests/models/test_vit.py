@@ -661,6 +661,12 @@ def test_sizes_that_do_not_fit(fields, message):
     assert re.search(message, str(error.value)) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("size", [(0, 8), (8, 0), (0, 0)])
+def test_pictures_without_pixels(size):
+    with pytest.raises(UserError, match="images of .* pixels are not divisible by patch_size 4"):
+        VisionTransformer(**SMALL).check(*size)
+
+
 def test_one_token_cannot_leave_itself_out():
     with pytest.raises(UserError, match="mask_self leaves the one token"):
         VisionTransformer(**SMALL | dict(mask_self=True, pool="gap")).check(4, 4)
