@@ -1,5 +1,6 @@
 """Weights of other models: every kind of file gives the same network, and what does not fit is refused by name."""
 
+import dataclasses
 import io
 import json
 import math
@@ -273,6 +274,23 @@ def test_odd_shapes_are_refused_in_little_memory(fabric, model, params, tmp_path
         load(fabric, tmp_path / "a.npz", model, resample_patches=True)
     assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
     tracemalloc.stop()
+
+
+def test_positions_of_more_tokens_than_any_picture_has_are_refused_unread(fabric, model, params, tmp_path):
+    with pretrained.opened(save(tmp_path / "a.npz", params)) as source:
+        positions = archives.Stored((1, 2**20 + 1, model.width), pytest.fail)
+        claiming = dataclasses.replace(source, arrays={**source.arrays, names.POSITIONS: positions})
+        with pytest.raises(UserError, match="pos_embedding is .1, 1048577, 12. there"):
+            pretrained.fit(claiming, fabric.like(model, SIZE), (2, 2))
+
+
+@pytest.mark.parametrize("count, end", [(8, ""), (9, " and 1 more")])
+def test_an_error_names_some_arrays_and_counts_the_rest(fabric, model, params, tmp_path, count, end):
+    missing = sorted(params)[:count]
+    np.savez(tmp_path / "a.npz", **without(params, *missing))
+    with pytest.raises(UserError) as caught:
+        load(fabric, tmp_path / "a.npz", model)
+    assert f"{count} arrays are missing there: {', '.join(missing[:8])}{end}; " in str(caught.value)
 
 
 def test_another_variant_is_recognised(fabric, tmp_path):

@@ -141,5 +141,5 @@ def test_the_average_forgets_the_start_and_then_decays_as_told():
     assert optim.ema_decay(0.99, jnp.int32(0)) == pytest.approx(0.1)
     assert optim.ema_decay(0.99, jnp.int32(90)) == pytest.approx(0.91)
     assert optim.ema_decay(0.99, jnp.int32(10_000)) == pytest.approx(0.99)
-    new = optim.update_ema({"w": jnp.float32(1.0)}, {"w": jnp.float32(3.0)}, jnp.float32(0.9))
-    assert new["w"] == pytest.approx(0.9 * 1 + 0.1 * 3)
+    new = optim.update_ema({"w": jnp.float32(2.0)}, {"w": jnp.float32(3.0)}, jnp.float32(0.9))
+    assert new["w"] == pytest.approx(0.9 * 2 + 0.1 * 3)
