@@ -197,11 +197,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", default="", metavar="TEXT", help="files whose name has it")
+    parser.add_argument("--only", default="", metavar="TEXT", help="of files whose name has it alone")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("mutants.jsonl"))
     args = parser.parse_args()
-    drawn = random.Random(args.seed).sample(all_places(), args.count)
-    drawn = [one for one in drawn if args.only in one[0]]
+    candidates = [place for place in all_places() if args.only in place[0]]
+    drawn = random.Random(args.seed).sample(candidates, min(args.count, len(candidates)))
     known = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
     done = {(row["file"], row["place"]): row for row in known}
     patterns, local = list(dict.fromkeys(pattern for *_, pattern in drawn)), threading.local()

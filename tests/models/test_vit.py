@@ -679,6 +679,11 @@ def test_shifted_patches_want_a_neighbour():
         model.init(jax.random.key(0), jnp.zeros((1, 16, 8, 3)), train=False)
 
 
+@pytest.mark.parametrize("patch_size", [2, 4, 8])
+def test_conv_stem_takes_the_powers_of_two(patch_size):
+    VisionTransformer(**SMALL | dict(patch_size=patch_size, stem="conv")).check(16, 8)
+
+
 def test_conv_stem_wants_a_power_of_two():
     with pytest.raises(UserError, match="patch_size is 6: allowed are 2, 4, 8"):
         VisionTransformer(**SMALL | dict(patch_size=6, stem="conv")).init(

@@ -60,6 +60,8 @@ def test_schedule(name):
         closed = {"cosine": 0.2 * (1 + np.cos(np.pi * along)), "linear": 0.4 * (1 - along), "constant": 0.4}[name]
         assert rate(step) == pytest.approx(closed, abs=1e-7)
     assert optim.make_schedule(name, 0.4, 0, 100)(0) == pytest.approx(0.4)
+    last = optim.make_schedule(name, 0.4, 9, 10)(10)  # of one step that is no warm-up
+    assert last == pytest.approx(0.4 if name == "constant" else 0.0, abs=1e-7)
     rate = optim.make_schedule(name, 0.4, 10, 110, final=0.1)
     assert rate(10) == pytest.approx(0.4) and rate(110) == pytest.approx(0.4 if name == "constant" else 0.1)
     middle = {"cosine": 0.25, "linear": 0.25, "constant": 0.4}[name]
