@@ -1,5 +1,6 @@
 """Files of arrays: what is written is read, and whatever is wrong with a file is said in one line."""
 
+import errno
 import io
 import pathlib
 import pickle
@@ -149,6 +150,19 @@ def test_bad_files_are_named_in_one_line(tmp_path):
             read(tmp_path / name)
         message = str(caught.value)
         assert words in message and name in message and "\n" not in message, (name, message)
+
+
+@pytest.mark.parametrize("denied", [PermissionError(errno.EACCES, "denied"), OSError(errno.EIO, "broken")])
+def test_only_a_file_that_can_be_read_is_called_damaged(tmp_path, monkeypatch, denied):
+    path = npz(tmp_path / "a.npz", x=np.ones(1, np.float32))
+
+    def refuse(*_):
+        raise denied
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    expected = PermissionError if denied.errno == errno.EACCES else UserError
+    with pytest.raises(expected):
+        read(path)
 
 
 @pytest.mark.filterwarnings("error")
