@@ -113,6 +113,9 @@ def test_resized_crop_boxes():
         99.5, abs=4
     )
     assert out.min(axis=(1, 2)).min() <= 1 and out[..., 0].max() >= 98 and out[..., 1].max() >= 198
+    low = heights < 90  # where there is a choice of the upper edge, it says nothing of the left one
+    upper, left = out[low, 1, 0, 0] / (100 - heights[low]), out[low, 0, 1, 1] / (200 - widths[low])
+    assert abs(np.corrcoef(upper, left)[0, 1]) < 0.1
 
 
 def test_resized_crop_box_larger_than_the_picture_is_cut():

@@ -8,7 +8,7 @@ def test_sizes_of_the_papers():
     assert preset("B/16") == dict(patch_size=16, width=768, depth=12, num_heads=12, mlp_dim=3072)
     assert preset("Ti/16") == dict(patch_size=16, width=192, depth=12, num_heads=3, mlp_dim=768)
     assert preset("H/14") == dict(patch_size=14, width=1280, depth=32, num_heads=16, mlp_dim=5120)
-    assert preset("S/4")["patch_size"] == 4 and preset("L/32")["patch_size"] == 32
+    assert [preset(name)["patch_size"] for name in ("S/4", "L/32", "Ti/1")] == [4, 32, 1]
 
 
 def test_hybrids_are_their_vit_behind_a_resnet():
