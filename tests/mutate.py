@@ -179,10 +179,8 @@ def run(copy: pathlib.Path, names: list[pathlib.Path], seconds: dict[str, float]
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    options, order = (
-        ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "--tb=no"],
-        CheapFirst(seconds),
-    )
+    order = CheapFirst(seconds)
+    options = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header", "--tb=no"]
     code = pytest.main([*options, *map(str, names)], plugins=[order])
     pathlib.Path(times).write_text(json.dumps(order.seconds))
     sys.exit(int(code))
