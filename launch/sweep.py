@@ -102,8 +102,10 @@ def make_sweep(args: argparse.Namespace, common: list[str], recipes: Sequence[st
             raise UserError(f"recipe {recipe!r}: {error}") from error
     sweep = joined(sweep) if (workdir / "sweep.json").exists() else sweep
 
-    from vit_jax.training import setup  # after the configs are known to be right: it takes seconds
-    from vit_jax.training import workdir as runs
+    from vit_jax.training import (
+        runs,
+        setup,  # after the configs are known to be right: it takes seconds
+    )
 
     for (recipe, seed), config in parsed.items():
         runs.same_run(setup.resolve_model(config), sweep.folder(recipe, seed))

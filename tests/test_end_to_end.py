@@ -21,7 +21,7 @@ from tensorboardX.proto.event_pb2 import Event
 from vit_jax.errors import UserError
 from vit_jax.training import trained
 from vit_jax.training.lock import Lock
-from vit_jax.training.workdir import read_summary
+from vit_jax.training.runs import read_summary
 
 COLUMNS = (
     "step,epoch,learning_rate,train_loss,train_accuracy,val_loss,val_accuracy,val_accuracy_top5,ema_val_accuracy,"

@@ -14,8 +14,7 @@ from vit_jax.data.load import load
 from vit_jax.errors import UserError
 from vit_jax.models import pretrained
 from vit_jax.models.pretrained import Facts
-from vit_jax.training import exporting, mesh, setup
-from vit_jax.training import workdir as runs
+from vit_jax.training import exporting, mesh, runs, setup
 
 PLAIN = {"model__pool": "cls", "train__steps": 6, "optim__learning_rate": 0.05}
 

@@ -159,7 +159,7 @@ def test_the_most_confident_mistakes_come_first(tmp_path, monkeypatch):
     labels = np.arange(60) % 3
     measured = of(labels, np.where(np.arange(60) < 5, labels, (labels + 1) % 3), confidence)
     evaluation.draw_mistakes(measured, tmp_path / "mistakes.png", "title")
-    ((rows, headings, _, _, notes),) = drawn
+    ((rows, headings, _, _, notes, _),) = drawn
     cells = [cell for row in rows for cell in row]
     assert [len(row) for row in rows] == [8, 8, 8, 8] and len(headings) == 8
     for (picture, label), i in zip(cells, range(59, 27, -1), strict=True):

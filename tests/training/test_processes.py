@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from vit_jax.errors import RunError, UserError
-from vit_jax.training import processes
-from vit_jax.training import workdir as runs
+from vit_jax.training import processes, runs
 
 ROOT = pathlib.Path(__file__).parents[2]
 HASTY = "from vit_jax import errors, main; from vit_jax.training import processes; processes.SEEN_SECONDS = 1; "

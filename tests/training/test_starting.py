@@ -15,8 +15,7 @@ from vit_jax.errors import UserError
 from vit_jax.models import names, pretrained
 from vit_jax.models.archives import write_safetensors
 from vit_jax.models.pretrained import Facts
-from vit_jax.training import evaluation, loop, mesh, setup, starting, trained
-from vit_jax.training import workdir as runs
+from vit_jax.training import evaluation, loop, mesh, runs, setup, starting, trained
 from vit_jax.training.step import Probe, init_state, train_step
 
 SIZES = {"patch_size": 2, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, "pool": "cls"}

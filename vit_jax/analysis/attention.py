@@ -19,12 +19,6 @@ from vit_jax.models.vit import VisionTransformer
 Grid = tuple[int, int]
 
 
-def grid_of(model: VisionTransformer, inputs: jax.Array) -> Grid:
-    """Rows and columns of patches."""
-    height, width = inputs.shape[1:3]
-    return height // model.patch_size, width // model.patch_size
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def attention_weights(model: VisionTransformer, params: Any, inputs: jax.Array) -> jax.Array:
     """Who reads whom, in evaluation mode, float32 [B, L, H, N, N]: row q is what query q reads, and sums to 1."""
@@ -89,7 +83,7 @@ def relevance(model: VisionTransformer, params: Any, inputs: jax.Array, classes:
     flow = eye
     for layer in range(model.depth):
         flow = flow + carried[:, layer] @ flow
-    return read_by_head(flow - eye, grid_of(model, inputs))[0]
+    return read_by_head(flow - eye, model.grid(*inputs.shape[1:3]))[0]
 
 
 def attention_gradients(

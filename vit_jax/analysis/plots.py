@@ -55,11 +55,27 @@ LONGEST_NAME = 16  # characters of a class name that stand under a picture
 LINE = 16  # of a label, or of a note
 DPI = 128  # a power of two: the sheet's size in inches gives back its whole pixels
 
+Cell = tuple[np.ndarray, str]  # a picture, and what stands under it
 Scale = tuple[str, np.ndarray, str]  # a bar of colours, uint8 [h, w, 3], between what its ends mean
 
 
+def sheet(
+    cells: Sequence[Cell],
+    across: int,
+    headings: Sequence[str],
+    path: pathlib.Path,
+    title: str,
+    notes: Sequence[str],
+    scale: Scale | None = None,
+) -> None:
+    """A contact sheet of at most `across` cells a row, under the headings again and again."""
+    across = min(across, len(cells))
+    rows = [cells[i : i + across] for i in range(0, len(cells), across)]
+    contact_sheet(rows, [headings[i % len(headings)] for i in range(across)], path, title, notes, scale)
+
+
 def contact_sheet(
-    rows: Sequence[Sequence[tuple[np.ndarray, str]]],
+    rows: Sequence[Sequence[Cell]],
     headings: Sequence[str],
     path: pathlib.Path,
     title: str,

@@ -201,6 +201,10 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
         )
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens that a picture becomes."""
+        return height // self.patch_size, width // self.patch_size
+
     def check(self, height: int, width: int) -> None:
         """Raises UserError where the sizes do not fit together."""
         for field, allowed in CHOICES.items():

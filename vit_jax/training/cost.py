@@ -1,5 +1,7 @@
 """What a model costs by the formula, wherever it runs."""
 
+import math
+
 from vit_jax.analysis.metrics import training_flops
 from vit_jax.training.step import Classifier
 
@@ -10,7 +12,7 @@ def flops_per_image(classifier: Classifier) -> float | None:
     if model.stem == "resnet" or model.mlp_conv:
         return None
     patch_size, stem = model.patch_size, 0
-    patches = (size // patch_size) ** 2
+    patches = math.prod(classifier.grid)
     if model.stem == "shifted":
         channels *= 5
     elif model.stem == "conv":

@@ -12,8 +12,7 @@ import numpy as np
 from vit_jax.analysis import attention, embeddings, figures, plots
 from vit_jax.data.splits import Split
 from vit_jax.errors import Absent
-from vit_jax.training import evaluation, trained
-from vit_jax.training import workdir as runs
+from vit_jax.training import evaluation, runs, trained
 from vit_jax.training.trained import Trained
 from vit_jax.training.writers import Row, read_metrics, score
 
@@ -21,8 +20,6 @@ SHOWN = 8  # test pictures, each of another class
 MEASURED = 64  # test pictures that the attention distance is a mean of
 BATCH = 8  # pictures at once: their attention weights are large
 FILTERS_A_ROW = 7
-
-Cell = tuple[np.ndarray, str]  # a picture, and what stands under it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +49,7 @@ class Subject:
 
     @property
     def grid(self) -> tuple[int, int]:
-        side = self.run.classifier.image_size // self.model.patch_size
-        return side, side
+        return self.run.classifier.grid
 
     @property
     def reader(self) -> str:
@@ -164,7 +160,7 @@ def filters(subject: Subject) -> list[pathlib.Path]:
     size = subject.model.patch_size
     notes = [f"What its filters of {size} x {size} pixels are made of, the strongest first; grey is 0."]
     path = subject.path("filters")
-    sheet(cells, FILTERS_A_ROW, [""], path, subject.title("principal components of the patch embedding"), notes)
+    plots.sheet(cells, FILTERS_A_ROW, [""], path, subject.title("principal components of the patch embedding"), notes)
     return [path]
 
 
@@ -207,7 +203,7 @@ def rollout(subject: Subject) -> list[pathlib.Path]:
         "over the layers. Beneath: the smallest and the largest share, where 1 is an even one."
     ]
     path = subject.path("rollout")
-    sheet(cells, 6, ["picture", "rollout"], path, subject.title("attention rollout"), notes, figures.scale())
+    plots.sheet(cells, 6, ["picture", "rollout"], path, subject.title("attention rollout"), notes, figures.scale())
     return [path]
 
 
@@ -234,7 +230,7 @@ def relevance(subject: Subject) -> list[pathlib.Path]:
     ]
     path = subject.path("relevance")
     headings = ["picture", "most probable", "second"]
-    sheet(cells, 6, headings, path, subject.title("relevance for a class"), notes, figures.scale())
+    plots.sheet(cells, 6, headings, path, subject.title("relevance for a class"), notes, figures.scale())
     return [path]
 
 
@@ -256,21 +252,6 @@ def distance(subject: Subject) -> list[pathlib.Path]:
     path = subject.path("distance")
     figures.distances(far, even, path, subject.title(f"attention distance, mean of {len(images)} pictures"))
     return [path]
-
-
-def sheet(
-    cells: Sequence[Cell],
-    across: int,
-    headings: Sequence[str],
-    path: pathlib.Path,
-    title: str,
-    notes: Sequence[str],
-    scale: plots.Scale | None = None,
-) -> None:
-    """A contact sheet of at most `across` cells a row, under the headings again and again."""
-    across = min(across, len(cells))
-    rows = [cells[i : i + across] for i in range(0, len(cells), across)]
-    plots.contact_sheet(rows, [headings[i % len(headings)] for i in range(across)], path, title, notes, scale)
 
 
 DRAWINGS: dict[str, Callable[[Subject], list[pathlib.Path]]] = {

@@ -11,8 +11,7 @@ import numpy as np
 
 from vit_jax.analysis import figures, metrics, plots
 from vit_jax.data.splits import Split
-from vit_jax.training import setup, trained
-from vit_jax.training import workdir as runs
+from vit_jax.training import runs, setup, trained
 from vit_jax.training.dispatch import featured
 from vit_jax.training.step import Classifier, Probe
 from vit_jax.training.trained import Trained
@@ -132,5 +131,4 @@ def draw_mistakes(evaluation: Evaluation, path: pathlib.Path, title: str) -> Non
         cells.append((split.images[i], f"{true}\n→ {predicted}  {probability}"))
     share = f"{len(wrong)} of {len(split.labels)} pictures are mistaken; these with the most confidence."
     notes = [share, "Under each picture: its class → what it was taken for, with which probability."]
-    sheet = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    plots.contact_sheet(sheet, [""] * len(sheet[0]), path, f"{title}: the most confident mistakes", notes)
+    plots.sheet(cells, columns, [""], path, f"{title}: the most confident mistakes", notes)

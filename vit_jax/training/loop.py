@@ -20,9 +20,8 @@ from vit_jax.analysis.metrics import summarize
 from vit_jax.config import to_dict
 from vit_jax.data.splits import Split, Splits
 from vit_jax.errors import RunError, Stopped, UserError, out_of_memory
-from vit_jax.training import drawings, processes, reporting, setup, starting
+from vit_jax.training import drawings, processes, reporting, runs, setup, starting
 from vit_jax.training import mesh as meshes
-from vit_jax.training import workdir as runs
 from vit_jax.training.checkpoint import Checkpoints
 from vit_jax.training.dispatch import Dispatcher, featured
 from vit_jax.training.lock import Lock, holder

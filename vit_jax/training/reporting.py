@@ -14,8 +14,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.config import FIELDS, get
 from vit_jax.errors import RunError, UserError
-from vit_jax.training import drawings, evaluation
-from vit_jax.training import workdir as runs
+from vit_jax.training import drawings, evaluation, runs
 from vit_jax.training.drawings import Subject
 from vit_jax.training.evaluation import Evaluation
 from vit_jax.training.writers import Row, read_metrics, write_text

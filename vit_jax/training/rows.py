@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_jax.errors import UserError
-from vit_jax.training import workdir as runs
+from vit_jax.training import runs
 
 ROOT = pathlib.Path(__file__).parents[2]  # of the checkout, where there is one
 RESULTS = ROOT / "benchmarks" / "results.jsonl"

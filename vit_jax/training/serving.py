@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vit_jax.analysis import figures, plots
 from vit_jax.errors import RunError, UserError
-from vit_jax.training import workdir as runs
+from vit_jax.training import runs
 from vit_jax.training.drawings import Subject
 from vit_jax.training.predicting import Predictor
 

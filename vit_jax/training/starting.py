@@ -24,8 +24,7 @@ from vit_jax.models import pretrained
 from vit_jax.models.archives import Stored
 from vit_jax.models.pretrained import Facts, Source
 from vit_jax.training import mesh as meshes
-from vit_jax.training import setup
-from vit_jax.training import workdir as runs
+from vit_jax.training import runs, setup
 from vit_jax.training.step import Classifier
 
 
@@ -59,7 +58,6 @@ def weights(
     like = traverse_util.flatten_dict(
         meshes.with_sharding(classifier.shapes(), classifier.mesh, config.mesh.fsdp), sep="/"
     )
-    side = classifier.image_size // classifier.model.patch_size
     with opened(config.init.checkpoint) as source:
         skip, notes = tuple(config.init.skip), []
         if source.class_names and source.class_names != tuple(class_names) and source.arrays.keys() & pretrained.HEAD:
@@ -68,7 +66,7 @@ def weights(
             notes.append(f"the classes of {source.name} are others")
             skip += ("^head/",)
         params, changes = pretrained.fit(
-            source, like, (side, side), skip=skip, resample_patches=config.init.resample_patches, whole=whole
+            source, like, classifier.grid, skip=skip, resample_patches=config.init.resample_patches, whole=whole
         )
         count = sum(array.size for array in params.values())
         notes = [f"{len(params)} arrays, {count:,} parameters from {source.name}", *notes, *changes]

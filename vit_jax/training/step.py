@@ -94,6 +94,11 @@ class Classifier:
     def num_classes(self) -> int:
         return self.model.num_classes
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens of a whole picture."""
+        return self.model.grid(self.image_size, self.image_size)
+
     def init(self, seed: int) -> Any:
         """New parameters, a function of the seed alone."""
         pictures = jnp.zeros((1, self.image_size, self.image_size, len(self.mean)))
@@ -114,8 +119,7 @@ class Classifier:
     def apply(self, params: Any, images: jax.Array, train: bool, rngs: Any = None) -> jax.Array:
         """uint8 [B, S, S, C] → float32 [B, K], where S is `image_size` or, for crops, less."""
         inputs = self.inputs(images)
-        patch_size = self.model.patch_size
-        params = middle_positions(params, self.image_size // patch_size, images.shape[1] // patch_size)
+        params = middle_positions(params, self.grid[0], self.model.grid(*images.shape[1:3])[0])
         return jnp.asarray(self.model.apply({"params": params}, inputs, train=train, rngs=rngs))
 
 

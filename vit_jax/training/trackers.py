@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 
 from vit_jax.config import FIELDS, get, tracker_names
 from vit_jax.errors import UserError, one_line
-from vit_jax.training import processes
-from vit_jax.training import workdir as runs
+from vit_jax.training import processes, runs
 from vit_jax.training.writers import COLUMNS, Row, write_json
 
 PROJECT = "vit_jax"  # where the tracker's own environment variable names no other

@@ -19,8 +19,7 @@ from vit_jax.data.load import load_measured
 from vit_jax.data.splits import Split
 from vit_jax.errors import UserError
 from vit_jax.training import mesh as meshes
-from vit_jax.training import setup, starting
-from vit_jax.training import workdir as runs
+from vit_jax.training import runs, setup, starting
 from vit_jax.training.step import Classifier
 
 Picture = str | os.PathLike | Image.Image | np.ndarray  # an array is uint8 [H, W] or [H, W, C]
