@@ -3,9 +3,7 @@
 import json
 import subprocess
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from vit_jax import benchmark
 from vit_jax.errors import UserError
@@ -15,15 +13,6 @@ SMALL = ["--config", "configs/digits.py", "--windows", "2", "--seconds", "0", "-
 SMALL += [f"--config.model.{field}" for field in ("width=16", "depth=1", "num_heads=2", "mlp_dim=16")]
 CONTRACT = {"images_per_second", "milliseconds_per_step", "mfu", "parameters", "batch_size", "compile_seconds"}
 CONTRACT |= {"peak_memory_bytes", "device"}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    before = jax.config.values["jax_compilation_cache_dir"]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
 
 
 def test_rows_are_printed_written_and_recorded(tmp_path, monkeypatch, capsys):

@@ -21,6 +21,12 @@ from vit_jax.training.step import Probe, init_state, train_step
 SIZES = {"patch_size": 2, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 24, "pool": "cls"}
 
 
+@pytest.fixture(autouse=True)
+def without_report(monkeypatch):
+    """Of runs that nobody looks at."""
+    monkeypatch.setattr(loop, "_report", lambda *_: None)
+
+
 def config_of(checkpoint, **fields):
     """Some steps on digits from `checkpoint`."""
     config = default_config()

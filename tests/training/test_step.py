@@ -34,7 +34,7 @@ EVERYTHING = step.Augmentation(
 
 
 def make_task(augmentation=STILL, label_smoothing=0.0, accumulate=1, ema_decay=0.0, seed=0, **model):
-    fields = dict(patch_size=4, width=16, depth=2, num_heads=2, mlp_dim=24, pool="gap", head_zero_init=False) | model
+    fields = dict(patch_size=4, width=16, depth=1, num_heads=2, mlp_dim=24, pool="gap", head_zero_init=False) | model
     network = VisionTransformer(num_classes=5, **fields)
     classifier = step.Classifier(network, 8, (0.5,) * 3, (0.25,) * 3, mesh.make_mesh(-1))
     optimizer = optim.make_optimizer(

@@ -178,7 +178,8 @@ def _run_steps(run: Run, state: TrainState, seconds: float) -> tuple[TrainState,
                 _check_weights(run.job, state)
                 run.checkpoints.save(state, score(row) if run.selects and evaluated else None, clock.seconds)
             if stopping and step < plan.total:
-                _draw_curves(run)
+                if metrics.rows and processes.is_first():
+                    drawings.curves(drawings.Subject(run.workdir))
                 raise Stopped(f"saved step {step} of {plan.total} in {run.workdir}; the same command goes on")
             clock.start()
         _check_weights(run.job, state)
@@ -330,7 +331,7 @@ def _describe(row: Row, total: int) -> str:
 
 
 def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
-    """Measures the last weights on test, draws the curves, writes report.html, tells the trackers, and at last writes
+    """Measures the last weights on test, writes report.html with its drawings, tells the trackers, and at last writes
     summary.json, which says that the run is finished.
     """
     evaluate = run.evaluate
@@ -359,7 +360,6 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "protocol": setup.protocol(run.job.config, run.splits),
     }
-    _draw_curves(run)
     if processes.is_first():
         _report(run.workdir, results, summary)
         run.tracking.finish(summary)
@@ -368,14 +368,9 @@ def _summarize(run: Run, state: TrainState, seconds: float) -> dict[str, Any]:
 
 
 def _report(workdir: pathlib.Path, results: Mapping[str, np.ndarray], summary: Mapping[str, Any]) -> None:
-    """Writes report.html. By now the run is done, and no fault in drawing it may lose it."""
+    """Writes report.html and draws the curves. By now the run is done, and no fault in drawing it may lose it."""
     try:
         reporting.write(workdir, results, summary)
     except Exception as error:
         again = f"python -m vit_jax.report --workdir {shlex.quote(str(workdir))}"
         print(f"warning: no report.html ({error}); {again} tries again", file=sys.stderr)
-
-
-def _draw_curves(run: Run) -> None:
-    if run.metrics.rows and processes.is_first():
-        drawings.curves(drawings.Subject(run.workdir))
