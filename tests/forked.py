@@ -1,8 +1,8 @@
 """Runs the project's commands in processes forked from this one, which has their libraries loaded: to load them takes
 most of a short command's time.
 
-Reads a command a line, as JSON (see `run`), and writes its exit code when it has ended. Of the project nothing is loaded
-before the fork.
+Reads a command a line, as JSON (see `run`), and writes its exit code when it has ended. Nothing of the project is
+loaded before the fork.
 """
 
 import gc
@@ -13,7 +13,8 @@ import runpy
 import signal
 import sys
 
-LIBRARIES = "jax flax.linen optax orbax.checkpoint clu.parameter_overview matplotlib.figure sklearn.datasets grain".split()
+LIBRARIES = ("jax", "flax.linen", "optax", "orbax.checkpoint", "clu.parameter_overview", "matplotlib.figure", "grain")
+LIBRARIES += ("sklearn.datasets",)
 SECONDS = 300  # that a command may take
 
 

@@ -274,7 +274,12 @@ def test_two_devices_train_as_one(finished, commands, tmp_path):
     Through the end of the small crops, at step 5, and of mixing, at step 10.
     """
     fields = LONG | {"train__steps": 12, "train__eval_every": 0.2, "init__checkpoint": finished}
-    fields |= {"model__mlp_conv": False, "model__position_embedding": "learned", "ema__decay": 0.9}
+    fields |= {
+        "augment__policy": "none",
+        "model__mlp_conv": False,
+        "model__position_embedding": "learned",
+        "ema__decay": 0.9,
+    }
     commands.train(tmp_path / "one", **fields)
     two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     apart = {"mesh__fsdp": True, "data__resident": "never"}
