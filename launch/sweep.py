@@ -102,10 +102,8 @@ def make_sweep(args: argparse.Namespace, common: list[str], recipes: Sequence[st
             raise UserError(f"recipe {recipe!r}: {error}") from error
     sweep = joined(sweep) if (workdir / "sweep.json").exists() else sweep
 
-    from vit_jax.training import (
-        runs,
-        setup,  # after the configs are known to be right: it takes seconds
-    )
+    # After the configs are known to be right: it takes seconds.
+    from vit_jax.training import runs, setup
 
     for (recipe, seed), config in parsed.items():
         runs.same_run(setup.resolve_model(config), sweep.folder(recipe, seed))

@@ -68,8 +68,8 @@ class Commands:
 
     def _run_forked(self, name, arguments, environment):
         out, err = self.printed / "out", self.printed / "err"
-        out.write_text("")
-        err.write_text("")
+        out.unlink(missing_ok=True)  # what a command left behind may still write into it
+        err.unlink(missing_ok=True)
         call = {"module": f"vit_jax.{name}", "arguments": list(map(str, arguments)), "environment": environment}
         print(json.dumps(call | {"out": str(out), "err": str(err)}), file=self.forked.stdin, flush=True)
         code = int(self.forked.stdout.readline())

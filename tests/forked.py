@@ -22,7 +22,7 @@ def run(module: str, arguments: list[str], environment: dict[str, str], out: str
     """As `python -m module arguments`, from the folder that this process is in; what it prints goes to two files."""
     os.environ.update(environment)
     for descriptor, path in ((0, os.devnull), (1, out), (2, err)):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
     signal.alarm(SECONDS)
     sys.argv, sys.path[0] = [module, *arguments], os.getcwd()
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -180,13 +180,13 @@ def test_a_fault_in_the_report_does_not_lose_the_run(commands, tmp_path, monkeyp
     def fault(*arguments):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr(reporting, "write", fault)
+    monkeypatch.setattr(reporting, "_measure", fault)
     overrides = commands.training(tmp_path, train__steps=2)[4:]
     config, _ = command_line.parse("configs/digits.py", overrides)
     summary = loop.train(config, tmp_path / "a run", "as typed")
     assert json.loads((tmp_path / "a run" / "summary.json").read_text()) == summary
     warning = f"warning: no report.html (no fonts); python -m vit_jax.report --workdir '{tmp_path}/a run' tries again"
-    assert warning in capsys.readouterr().err
+    assert warning in capsys.readouterr().err and (tmp_path / "a run" / "curves.png").exists()
     assert json.loads((tmp_path / "a run" / "config.json").read_text())["command"] == "as typed"
 
 

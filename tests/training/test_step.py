@@ -273,7 +273,7 @@ def test_steps_that_are_not_finite_are_skipped_then_freeze_the_state():
     optimizer = optim.make_optimizer(
         "adamw", optax.constant_schedule(0.1), weight_decay=0.1, momentum=0.9, b2=0.9, clip_norm=1.0
     )
-    task = make_task(accumulate=2, ema_decay=0.9, depth=1)
+    task = make_task(accumulate=2, ema_decay=0.9)
     fields = {field.name: getattr(task.classifier, field.name) for field in dataclasses.fields(task.classifier)}
     task = dataclasses.replace(task, optimizer=optimizer, classifier=Breaking(**fields), skip_nonfinite=1)
     images = PICTURES.copy()
