@@ -145,7 +145,7 @@ def test_evaluate_refuses_what_is_not_there(finished, commands, tmp_path):
 
 # Long enough to be stopped, with held-out pictures, so that there is a best checkpoint to keep too; with all that is
 # random in a step, small crops at first and mixing until late.
-LONG = {"train__steps": 160, "train__eval_every": 1, "checkpoint__every": 0.5, "data__holdout": 0.2}
+LONG = {"train__steps": 160, "train__eval_every": 1, "checkpoint__every": 0.3, "data__holdout": 0.2}
 LONG |= {"augment__crop": "pad", "augment__padding": 1, "augment__small_size": 6, "augment__small_until": 0.4}
 LONG |= {"augment__policy": "trivialaugment", "augment__crop_paste": True, "augment__erasing": 0.2}
 LONG |= {"augment__mixup": 0.2, "augment__cutmix": 1, "augment__mix_until": 0.8, "augment__repeats": 2}
